@@ -1,0 +1,44 @@
+# mmfix: install, test, demo. Everything happens in .venv; nothing outside the checkout is changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO_IMAGES ?= 100
+DEMO_OUT    ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint types imports unit demo tables clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## create .venv with everything, including the mmfix command
+
+# torch goes first and by itself: asked for together with other packages, pip may take a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+test: lint types imports unit ## lint, types, import law, tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy -p mmfix -p mmfix_kernels -p mmfix_decoding
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print the table
+	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
+	  --split test --limit $(DEMO_IMAGES) --out $(DEMO_OUT)
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

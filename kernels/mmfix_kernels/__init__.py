@@ -1,0 +1,22 @@
+"""Attention with edits on groups of keys. Tensors and plain data only: nothing here knows a model."""
+
+from mmfix_kernels.attention import backends, forced_backend, grouped_attention
+from mmfix_kernels.call import Attended, AttentionCall
+from mmfix_kernels.edits import Edit, Group, HeadScale, KeyGroups, Label, MassGate, MassMove, Rows, ScoreEdit
+
+__all__ = [
+    "Attended",
+    "AttentionCall",
+    "Edit",
+    "Group",
+    "HeadScale",
+    "KeyGroups",
+    "Label",
+    "MassGate",
+    "MassMove",
+    "Rows",
+    "ScoreEdit",
+    "backends",
+    "forced_backend",
+    "grouped_attention",
+]

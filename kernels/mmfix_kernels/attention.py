@@ -1,0 +1,62 @@
+"""The dispatcher: one entry, several backends, each able to say why it cannot serve a call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from mmfix_kernels import reference, sdpa
+from mmfix_kernels.call import Attended, AttentionCall
+
+ENVIRONMENT = "MMFIX_BACKEND"
+
+
+class Backend(NamedTuple):
+    """One way to compute a call."""
+
+    why_not: Callable[[AttentionCall], str]
+    attend: Callable[[AttentionCall], Attended]
+
+
+# In order of choice.
+BACKENDS: dict[str, Backend] = {
+    "sdpa": Backend(sdpa.why_not, sdpa.attend),
+    "reference": Backend(reference.why_not, reference.attend),
+}
+
+
+def backends() -> dict[str, str]:
+    """Name of each backend → "" when usable on this machine, else the reason why not."""
+    return dict.fromkeys(BACKENDS, "")
+
+
+def forced_backend() -> str | None:
+    """The backend named by ``MMFIX_BACKEND``; ``ValueError`` when there is none of that name."""
+    name = os.environ.get(ENVIRONMENT) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT}={name!r}: no such backend; choose one of {', '.join(BACKENDS)} or unset it")
+    return name
+
+
+def grouped_attention(call: AttentionCall, backend: str | None = None) -> Attended:
+    """Attention with edits on key groups, by the first backend that can serve the call.
+
+    Args:
+        call: tensors, groups and edits.
+        backend: force one by name; ``ValueError`` when it cannot serve the call.
+    """
+    if backend is not None:
+        reason = BACKENDS[backend].why_not(call)
+        if reason:
+            raise ValueError(f"backend {backend!r} cannot serve this call: {reason}; unset {ENVIRONMENT}")
+        return BACKENDS[backend].attend(call)
+    reasons: list[str] = []
+    for name, candidate in BACKENDS.items():
+        reason = candidate.why_not(call)
+        if not reason:
+            attended = candidate.attend(call)
+            return replace(attended, reason="; ".join(reasons)) if reasons else attended
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference serves every call")

@@ -1,0 +1,188 @@
+"""The edit vocabulary: plain data that says what changes inside one attention call.
+
+A key carries one int8 :class:`Label`; an edit names sets of labels (:class:`Group`) and a kind of query row
+(:class:`Rows`). Nothing here touches a tensor in the hot path: the backends read the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum, IntFlag
+
+import torch
+from torch import Tensor
+
+
+class Label(IntEnum):
+    """Label of one key, stored as int8. At most eight exist, so a set of labels is one byte."""
+
+    TEXT = 0  # prompt text after (or without) an image
+    IMAGE = 1
+    TEXT_SINK = 2  # a text key that collects attention without carrying meaning (BOS, as a rule)
+    IMAGE_SINK = 3
+    SYSTEM = 4  # prompt text before the first image
+    GENERATED = 5
+    MARKED = 6  # free for a method's own class of keys
+    PADDING = 7
+
+
+NUM_LABELS = len(Label)
+
+
+class Group(IntFlag):
+    """A set of labels; an edit acts on every key whose label is in the set."""
+
+    TEXT = 1 << Label.TEXT | 1 << Label.TEXT_SINK | 1 << Label.SYSTEM | 1 << Label.GENERATED
+    IMAGE = 1 << Label.IMAGE | 1 << Label.IMAGE_SINK
+    SINK = 1 << Label.TEXT_SINK | 1 << Label.IMAGE_SINK
+    TEXT_SINK = 1 << Label.TEXT_SINK
+    IMAGE_SINK = 1 << Label.IMAGE_SINK
+    IMAGE_NONSINK = 1 << Label.IMAGE
+    SYSTEM = 1 << Label.SYSTEM
+    GENERATED = 1 << Label.GENERATED
+    MARKED = 1 << Label.MARKED
+
+    def labels(self) -> tuple[int, ...]:
+        """The label numbers in this set, ascending."""
+        return tuple(n for n in range(NUM_LABELS) if int(self) >> n & 1)
+
+
+class Rows(Enum):
+    """Which query rows an edit touches. Padding rows are never touched."""
+
+    ALL = "all"
+    AFTER_IMAGE = "after_image"  # text after the last image of the prompt, and every generated token
+    LAST = "last"  # the last row of the prompt, and every generated token
+
+
+def _check_heads(heads: tuple[int, ...] | None) -> None:
+    if heads is not None and (not heads or min(heads) < 0 or len(set(heads)) != len(heads)):
+        raise ValueError(f"heads={heads!r}: give distinct head numbers from 0 on, or None for all heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreEdit:
+    """Change scores before the softmax: ``s' = gain*s + abs_gain*|s| + bias`` on the keys of `group`.
+
+    Args:
+        group: keys whose scores change.
+        rows: query rows that are touched.
+        heads: query heads, or None for all.
+        gain: factor on the signed score (1 leaves it).
+        abs_gain: share of the score's magnitude added (PAI and PAINT: alpha).
+        bias: constant added, in nats; ``-inf`` hides the group.
+    """
+
+    group: Group
+    rows: Rows = Rows.ALL
+    heads: tuple[int, ...] | None = None
+    gain: float = 1.0
+    abs_gain: float = 0.0
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassGate:
+    """Opens a mass move per row and head, from attention masses alone.
+
+    Open iff ``mass(group) >= min_mass`` and ``mass(part) / (mass(group) + slack*n) <= max_share`` and the row sees a
+    key of `part`; n is the number of keys of `group`. `slack` reproduces releases that add ``n*1e-6``.
+    """
+
+    group: Group
+    min_mass: float
+    part: Group
+    max_share: float
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("min_mass", "max_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"MassGate.{name}={getattr(self, name)}: a share of attention lies in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassMove:
+    """After the softmax, move `share` of the mass of `source` to `target`, in proportion to the target's own weights.
+
+    ``w_j <- (1 - share)*w_j`` on source keys and ``w_j <- w_j*(1 + share*W_source/W_target)`` on target keys; every
+    row still sums to one. A row whose target has no mass is left as it is.
+    """
+
+    source: Group
+    target: Group
+    share: float
+    rows: Rows = Rows.ALL
+    heads: tuple[int, ...] | None = None
+    gate: MassGate | None = None
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads)
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"MassMove.share={self.share}: a share of attention lies in [0, 1]")
+        if self.source & self.target:
+            raise ValueError("MassMove: source and target share keys; make the two groups disjoint")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadScale:
+    """Multiply head outputs, after ``A·V`` and before the output projection.
+
+    Args:
+        scale: Float[H] or Float[B, H], one factor per query head (query heads, also under GQA).
+    """
+
+    scale: Tensor
+
+
+Edit = ScoreEdit | MassMove | HeadScale
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeyGroups:
+    """What the backends know about keys and rows of one call.
+
+    Args:
+        labels: Int8[B, S], one :class:`Label` per key.
+        rows: for each kind of :class:`Rows`, Bool[B, L] of the touched query rows; None means all rows.
+        first: for each kind, the first row index at which any batch item is touched (L when none is).
+    """
+
+    labels: Tensor
+    rows: Mapping[Rows, Tensor | None]
+    first: Mapping[Rows, int]
+
+    def member(self, group: Group) -> Tensor:
+        """Bool[B, S]: which keys belong to `group`."""
+        return lookup(group, self.labels.device)[self.labels.long()]
+
+    @staticmethod
+    def plain(labels: Tensor) -> KeyGroups:
+        """Groups in which every kind of row means all rows."""
+        return KeyGroups(labels=labels, rows=dict.fromkeys(Rows), first=dict.fromkeys(Rows, 0))
+
+
+_TABLES: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def lookup(group: Group, device: torch.device) -> Tensor:
+    """Bool[8]: membership of each label in `group`, kept per device."""
+    key = (int(group), device)
+    if key not in _TABLES:
+        bits = [bool(int(group) >> n & 1) for n in range(NUM_LABELS)]
+        with torch.inference_mode(False):  # the table outlives the caller's mode
+            _TABLES[key] = torch.tensor(bits, device=device)
+    return _TABLES[key]
+
+
+def head_mask(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Bool[count]: the chosen query heads; ``ValueError`` for a head that the layer does not have."""
+    if max(heads) >= count:
+        raise ValueError(f"heads={heads}: this layer has query heads 0..{count - 1}")
+    chosen = torch.zeros(count, dtype=torch.bool, device=device)
+    chosen[list(heads)] = True
+    return chosen

@@ -1,0 +1,105 @@
+"""The definition: grouped attention with the whole map in float32. Written to be read, not to be fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
+from mmfix_kernels.edits import NUM_LABELS, Group, KeyGroups, MassGate, MassMove, Rows, ScoreEdit, head_mask
+
+
+def why_not(call: AttentionCall) -> str:
+    """The reference serves every call."""
+    return ""
+
+
+def attend(call: AttentionCall) -> Attended:
+    """Scores, score edits, softmax, mass moves, ``A·V``, head scales: each step as its equation, in float32."""
+    fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key = call.key.float().repeat_interleave(repeats, dim=1)
+    value = call.value.float().repeat_interleave(repeats, dim=1)
+
+    scores = call.query.float() @ key.transpose(-1, -2) * call.factor
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = additive_mask(call)
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        allowed = (mask > float("-inf")).expand_as(scores)
+        scores = scores + mask.clamp(min=torch.finfo(torch.float32).min)  # finite, so that 0*s stays a number
+    for n, edit in call.score_edits:
+        assert call.groups is not None
+        scores = _edit_scores(call.groups, edit, scores, allowed, fired[n])
+    scores = scores.masked_fill(~allowed, float("-inf"))
+
+    weights = _softmax(scores)
+    for n, move in call.mass_moves:
+        assert call.groups is not None
+        weights = _move_mass(call.groups, move, weights, allowed, fired[n])
+
+    masses = None
+    if call.groups is not None and call.masses != "none":
+        one_hot = torch.nn.functional.one_hot(call.groups.labels.long(), NUM_LABELS).float()
+        rows = weights if call.masses == "all" else weights[:, :, -1:]
+        masses = rows @ one_hot[:, None]
+    output = apply_head_scales(call, (weights @ value).to(call.query.dtype), fired)
+    return Attended(output, masses, fired, "reference")
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over keys; a row with no allowed key gets zeros, not NaN."""
+    weights = torch.softmax(scores, dim=-1)
+    return torch.where(scores.isneginf().all(-1, keepdim=True), torch.zeros_like(weights), weights)
+
+
+def _touched(groups: KeyGroups, rows: Rows, heads: tuple[int, ...] | None, like: Tensor) -> Tensor:
+    """Bool[B, H, L, 1]: the rows and heads that an edit may touch."""
+    b, h, q_len, _ = like.shape
+    touched = torch.ones(b, h, q_len, 1, dtype=torch.bool, device=like.device)
+    row_mask = groups.rows[rows]
+    if row_mask is not None:
+        touched &= row_mask[:, None, :, None]
+    if heads is not None:
+        touched &= head_mask(heads, h, like.device)[None, :, None, None]
+    return touched
+
+
+def _edit_scores(groups: KeyGroups, edit: ScoreEdit, scores: Tensor, allowed: Tensor, fired: Tensor) -> Tensor:
+    touched = _touched(groups, edit.rows, edit.heads, scores)
+    keys = groups.member(edit.group)[:, None, None, :] & allowed
+    fired[0] = (touched & keys.any(-1, keepdim=True)).sum()
+    fired[1] = touched.sum()
+    edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
+    return torch.where(touched & keys, edited, scores)
+
+
+def _mass(groups: KeyGroups, group: Group, weights: Tensor) -> Tensor:
+    """[B, H, L, 1]: attention mass on a group of keys."""
+    member = groups.member(group)
+    return (weights * member[:, None, None, :]).sum(-1, keepdim=True)
+
+
+def _gate(groups: KeyGroups, gate: MassGate, weights: Tensor, allowed: Tensor) -> Tensor:
+    group_mass, part_mass = _mass(groups, gate.group, weights), _mass(groups, gate.part, weights)
+    count = groups.member(gate.group).sum(-1).float()[:, None, None, None]
+    has_part = (groups.member(gate.part)[:, None, None, :] & allowed).any(-1, keepdim=True)
+    small = part_mass <= gate.max_share * (group_mass + gate.slack * count)
+    return (group_mass >= gate.min_mass) & small & has_part & (group_mass > 0)
+
+
+def _move_mass(groups: KeyGroups, move: MassMove, weights: Tensor, allowed: Tensor, fired: Tensor) -> Tensor:
+    touched = _touched(groups, move.rows, move.heads, weights)
+    fired[1] = touched.sum()
+    source_mass, target_mass = _mass(groups, move.source, weights), _mass(groups, move.target, weights)
+    active = touched & (target_mass > 0) & (source_mass > 0)
+    if move.gate is not None:
+        active &= _gate(groups, move.gate, weights, allowed)
+    fired[0] = active.sum() if move.share > 0 else 0
+    source, target = groups.member(move.source)[:, None, None, :], groups.member(move.target)[:, None, None, :]
+    gain = move.share * source_mass / torch.where(target_mass > 0, target_mass, torch.ones_like(target_mass))
+    factor = torch.ones_like(weights)
+    factor = torch.where(source, 1.0 - move.share, factor)
+    factor = torch.where(target, 1.0 + gain, factor)
+    return torch.where(active, weights * factor, weights)

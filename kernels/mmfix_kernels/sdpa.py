@@ -1,0 +1,209 @@
+"""Exact grouped attention on any device: fused SDPA where no edit acts, dense rows in chunks where one does.
+
+Methods edit few rows: the text after the image at prefill, one row at decode. Those rows are computed densely, at
+most ``CHUNK`` scores at a time, so memory stays linear in the sequence; every other row goes through
+``scaled_dot_product_attention``. Mass moves become one factor per key class, ``w·(1 + c_source·1_source +
+c_target·1_target)``, with both coefficients read off the group masses of the row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
+from mmfix_kernels.edits import (
+    NUM_LABELS,
+    Group,
+    HeadScale,
+    KeyGroups,
+    MassGate,
+    MassMove,
+    ScoreEdit,
+    head_mask,
+    lookup,
+)
+
+CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
+
+
+def why_not(call: AttentionCall) -> str:
+    """Why SDPA cannot serve the call; "" when it can."""
+    if call.softcap is not None:
+        return "SDPA has no soft cap on scores"
+    return ""
+
+
+def attend(call: AttentionCall) -> Attended:
+    """Serve one call."""
+    fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
+    q_len = call.query.shape[2]
+    first = _first_edited_row(call)
+    if first >= q_len:
+        output, masses = _fused(call, q_len), None
+    else:
+        output, masses = _dense(call, first, fired)
+        if first:
+            output = torch.cat([_fused(call, first), output], dim=2)
+    return Attended(apply_head_scales(call, output, fired), masses, fired, "sdpa")
+
+
+def _first_edited_row(call: AttentionCall) -> int:
+    """Rows before this one are plain attention."""
+    q_len = call.query.shape[2]
+    first = {"none": q_len, "last": q_len - 1, "all": 0}[call.masses]
+    if call.groups is not None:
+        for edit in call.edits:
+            if not isinstance(edit, HeadScale):
+                first = min(first, call.groups.first[edit.rows])
+    return first
+
+
+def _fused(call: AttentionCall, rows: int) -> Tensor:
+    """Plain attention of the first `rows` rows."""
+    q_len = call.query.shape[2]
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    causal = mask is None and call.is_causal and q_len > 1
+    if rows < q_len:
+        query = query[:, :, :rows]
+        if causal:
+            key, value = key[:, :, :rows], value[:, :, :rows]
+        elif mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., :rows, :]
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None and query.is_cuda:
+        # A mask together with grouped heads leaves the fused CUDA kernels; repeating the heads keeps them.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=call.factor, enable_gqa=grouped
+    )
+
+
+def _dense(call: AttentionCall, first: int, fired: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows first.. with every edit applied, a chunk of rows at a time."""
+    assert call.groups is not None
+    b, h, q_len, _ = call.query.shape
+    step = max(1, CHUNK // (b * h * call.key.shape[2]))
+    member = _Members(call.groups)
+    parts = [
+        _Chunk(call, call.groups, member, n, min(q_len, n + step)).attend(fired) for n in range(first, q_len, step)
+    ]
+    outputs = [output for output, _ in parts]
+    masses = [mass for _, mass in parts if mass is not None]
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], torch.cat(masses, 2) if masses else None
+
+
+def _group_matmul(rows: Tensor, shared: Tensor) -> Tensor:
+    """``rows @ shared`` with the query heads of one key head folded into the row axis (no repeated heads)."""
+    b, h, q_len, k = rows.shape
+    h_kv = shared.shape[1]
+    if h == h_kv:
+        return torch.matmul(rows, shared)
+    folded = rows.reshape(b, h_kv, h // h_kv * q_len, k)
+    return torch.matmul(folded, shared).reshape(b, h, q_len, shared.shape[-1])
+
+
+class _Members:
+    """Float memberships [B, S, n] of key groups, made once per call and shared by its mass moves."""
+
+    def __init__(self, groups: KeyGroups) -> None:
+        self.groups = groups
+        self.columns: dict[tuple[Group, ...], Tensor] = {}
+
+    def __call__(self, *wanted: Group) -> Tensor:
+        if wanted not in self.columns:
+            device = self.groups.labels.device
+            table = torch.stack([lookup(group, device) for group in wanted], dim=-1).float()
+            self.columns[wanted] = table[self.groups.labels.long()]
+        return self.columns[wanted]
+
+
+class _Chunk:
+    """Rows start:stop of one call, computed densely."""
+
+    def __init__(self, call: AttentionCall, groups: KeyGroups, member: _Members, start: int, stop: int) -> None:
+        self.call, self.groups, self.member = call, groups, member
+        self.start, self.stop = start, stop
+        self.shape = (*call.query.shape[:2], stop - start)  # [B, H, rows]
+        self.mask = additive_mask(call, start, stop)
+
+    def attend(self, fired: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output [B, H, rows, D] and the group masses that were asked for."""
+        call = self.call
+        query = call.query[:, :, self.start : self.stop]
+        scores = _group_matmul(query, call.key.transpose(-1, -2)).float() * call.factor
+        for n, score_edit in call.score_edits:
+            scores = self.edit_scores(score_edit, scores, fired[n])
+        if self.mask is not None:
+            scores = scores + self.mask
+        weights = torch.softmax(scores, dim=-1)
+        if self.mask is not None or call.score_edits:  # a row with no allowed key (padding) attends to nothing
+            weights = weights.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
+        for n, move in call.mass_moves:
+            weights = self.move_mass(move, weights, fired[n])
+        return _group_matmul(weights.to(call.value.dtype), call.value), self.masses(weights)
+
+    def masses(self, weights: Tensor) -> Tensor | None:
+        last = self.call.masses == "last" and self.stop == self.call.query.shape[2]
+        if self.call.masses != "all" and not last:
+            return None
+        one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
+        return torch.matmul(weights[:, :, -1:] if last else weights, one_hot[:, None])
+
+    def touched(self, edit: ScoreEdit | MassMove) -> Tensor | None:
+        """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
+        row_mask = self.groups.rows[edit.rows]
+        touched = None if row_mask is None else row_mask[:, None, self.start : self.stop]
+        if edit.heads is not None:
+            chosen = head_mask(edit.heads, self.shape[1], self.call.query.device)[None, :, None]
+            touched = chosen if touched is None else touched & chosen
+        return touched
+
+    def count(self, touched: Tensor | None) -> Tensor | int:
+        return math.prod(self.shape) if touched is None else touched.expand(self.shape).sum()
+
+    def edit_scores(self, edit: ScoreEdit, scores: Tensor, fired: Tensor) -> Tensor:
+        touched = self.touched(edit)
+        places = self.groups.member(edit.group)[:, None, None, :]
+        if touched is not None:
+            places = places & touched[..., None]
+        visible = places if self.mask is None else places & ~self.mask.isneginf()
+        fired[0] += visible.any(-1).expand(self.shape).sum()
+        fired[1] += self.count(touched)
+        edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
+        return torch.where(places, edited, scores)
+
+    def move_mass(self, move: MassMove, weights: Tensor, fired: Tensor) -> Tensor:
+        gate, touched = move.gate, self.touched(move)
+        wanted = (move.source, move.target) if gate is None else (move.source, move.target, gate.group, gate.part)
+        columns = self.member(*wanted)  # [B, S, 2 or 4]
+        mass = torch.matmul(weights, columns[:, None])  # [B, H, rows, 2 or 4]
+        active = (mass[..., 0] > 0) & (mass[..., 1] > 0)
+        if gate is not None:
+            active &= self.gate_open(gate, columns, mass[..., 2], mass[..., 3])
+        if touched is not None:
+            active &= touched
+        if move.share > 0:
+            fired[0] += active.sum()
+        fired[1] += self.count(touched)
+        gain = move.share * mass[..., 0] / mass[..., 1].clamp(min=torch.finfo(torch.float32).tiny)
+        down, up = active * -move.share, torch.where(active, gain, 0.0)
+        factor = torch.matmul(torch.stack([down, up], dim=-1), columns[..., :2].transpose(-1, -2)[:, None])
+        return weights * (1.0 + factor)
+
+    def gate_open(self, gate: MassGate, columns: Tensor, group_mass: Tensor, part_mass: Tensor) -> Tensor:
+        limit = group_mass
+        if gate.slack:
+            limit = group_mass + gate.slack * columns[..., 2].sum(-1)[:, None, None]
+        part = columns[..., 3] > 0  # [B, S]
+        if self.mask is None:
+            sees_part = part.any(-1)[:, None, None]
+        else:
+            sees_part = (part[:, None, None, :] & ~self.mask.isneginf()).any(-1)
+        return (group_mass >= gate.min_mass) & (part_mass <= gate.max_share * limit) & (group_mass > 0) & sees_part

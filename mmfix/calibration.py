@@ -1,0 +1,217 @@
+"""Facts about one model that a method needs and that must be measured: attention-sink dimensions.
+
+They are looked for in this order: built in (published), ``mmfix.json`` in the model's own folder, the user's cache
+(written by ``mmfix calibrate``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfix.errors import MethodError, MmfixError
+from mmfix.families import Family, describe
+from mmfix.method import Method
+from mmfix.method import method as build
+
+FILE = "mmfix.json"
+
+# (model type, text model type, hidden size, layers, vocabularies) → dimensions with massive activations, as published
+# with VAR (arXiv:2503.03321) and its code.
+KNOWN_SINKS: tuple[tuple[tuple[str, ...], str, int, int, tuple[int, ...]], ...] = (
+    (("llava",), "llama", 4096, 32, (1415, 2533)),
+    (("llava",), "llama", 5120, 40, (2100, 4743)),
+    (("qwen2_vl",), "qwen2_vl_text", 3584, 28, (458, 2570)),
+    (("internvl",), "internlm2", 4096, 32, (3584,)),
+    (("internvl_chat",), "internlm2", 4096, 32, (3584,)),
+)
+# Vicuna's vocabulary, with LLaVA's added tokens and padding; another language model of the same shape differs here.
+_VICUNA_VOCABULARIES = range(32000, 32065)
+
+
+@dataclass(frozen=True)
+class SinkCalibration:
+    """What ``mmfix calibrate sinks`` found.
+
+    Args:
+        sink_dims: hidden dimensions that are massive in attention sinks.
+        tau: threshold on phi = |x_d| / RMS(x) that tells sinks from other tokens, at most the paper's 20.
+        sink_phi: median phi of the tokens that collect attention.
+        other_phi: 99th percentile of phi over the other tokens.
+        sinks_per_prompt: mean number of prompt tokens above tau, per layer and prompt.
+        image_sinks_per_prompt: how many of them are image tokens.
+        prompts: prompts looked at.
+    """
+
+    sink_dims: tuple[int, ...]
+    tau: float
+    sink_phi: float
+    other_phi: float
+    sinks_per_prompt: float
+    image_sinks_per_prompt: float
+    prompts: int
+
+
+def sink_dimensions(family: Family) -> tuple[int, ...]:
+    """Sink dimensions of a model.
+
+    Raises:
+        MethodError: unknown for this model; the message names the command that finds them.
+    """
+    kind, text, hidden, layers, vocabulary = family.fingerprint
+    for kinds, known_text, known_hidden, known_layers, dims in KNOWN_SINKS:
+        vicuna = text != "llama" or vocabulary in _VICUNA_VOCABULARIES
+        if kind in kinds and (text, hidden, layers) == (known_text, known_hidden, known_layers) and vicuna:
+            return dims
+    found = _stored(family.model).get("sinks")
+    if found:
+        return tuple(int(d) for d in found["sink_dims"])
+    raise MethodError(
+        f"the sink dimensions of {_name(family.model)!r} are not known; run "
+        f"`mmfix calibrate sinks --model {_name(family.model)}`, or give var.sink_dims"
+    )
+
+
+def calibrated(model: Any, name: str, **params: Any) -> Method:
+    """A method by name with the model's calibrated parameters; `params` given by the caller win."""
+    stored: dict[str, Any] = dict(_stored(model).get("methods", {}).get(name, {}))
+    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    return build(name, **{**fixed, **params})
+
+
+def cache_folder() -> Path:
+    """Where calibrations are kept: ``$XDG_CACHE_HOME/mmfix`` or ``~/.cache/mmfix``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfix" / "calibration"
+
+
+def save(model: Any, calibration: SinkCalibration, folder: Path | None = None) -> Path:
+    """Write a calibration to the user's cache, or into a model `folder` as ``mmfix.json``; returns the file."""
+    path = folder / FILE if folder is not None else _cache_file(model)
+    content = {
+        "model": Path(_name(model)).name,
+        "sinks": asdict(calibration),
+        "methods": {"var": {"sink_dims": list(calibration.sink_dims), "tau": calibration.tau}},
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.replace(file.name, path)
+    except OSError as error:
+        raise MmfixError(
+            f"cannot write the calibration to {path}: {error.strerror}; choose a writable folder"
+        ) from error
+    return path
+
+
+def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: int = 2) -> SinkCalibration:
+    """Find a model's sink dimensions from a few prompts.
+
+    A sink is a prompt token that receives, averaged over heads and over the rows that may see it, at least ten times
+    the attention of the median token of its prompt. The dimensions are those (at most two) in which sinks are larger
+    than 99 % of the other tokens by the largest factor, with x measured as ``|x_d| / RMS(x)``.
+
+    Args:
+        model: a vision-language model in evaluation mode.
+        batches: processor outputs (``input_ids``, ``pixel_values``, …), with images.
+        first_layer: layers before it are not looked at (their inputs are still embeddings).
+
+    Raises:
+        MmfixError: no prompt was given, or no token stands out.
+    """
+    family = describe(model)
+    sinks, others, phi_all, image_all = [], [], [], []
+    prompts = 0
+    for batch in batches:
+        hidden, received, valid, image = _observe(family, batch)
+        prompts += valid.shape[0]
+        for layer in range(first_layer, family.num_layers - 1):
+            x = hidden[layer].float()
+            phi = x.abs() / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+            median = received[layer].masked_fill(~valid, float("nan")).nanmedian(-1, keepdim=True).values
+            sink = (received[layer] >= 10 * median) & valid
+            sinks.append(phi[sink])
+            others.append(phi[valid & ~sink])
+            phi_all.append(phi)
+            image_all.append((valid, image))
+    if not prompts:
+        raise MmfixError("no prompts to calibrate on; give at least one picture")
+    inside, outside = torch.cat(sinks), torch.cat(others)
+    if not len(inside):
+        raise MmfixError(
+            f"no token of {_name(model)!r} collects ten times the median attention: the model shows no attention "
+            "sinks, and VAR has nothing to move; use another method"
+        )
+    typical = torch.quantile(outside[torch.randperm(len(outside))[:20000]], 0.99, dim=0)
+    strength = inside.median(0).values
+    order = (strength / typical.clamp(min=1e-6)).argsort(descending=True)
+    dims = [int(order[0])]
+    if strength[order[1]] / typical[order[1]] >= 0.5 * strength[order[0]] / typical[order[0]]:
+        dims.append(int(order[1]))
+    sink_phi = float(inside[:, dims].amax(-1).median())
+    other_phi = float(torch.quantile(outside[:, dims].amax(-1)[:100_000], 0.99))
+    tau = min(20.0, round((sink_phi * max(other_phi, 1e-6)) ** 0.5, 3))
+    above = [(phi[..., dims].amax(-1) >= tau) & valid for phi, (valid, _) in zip(phi_all, image_all, strict=True)]
+    images = [a & image for a, (_, image) in zip(above, image_all, strict=True)]
+    looked = max(1, sum(a.shape[0] for a in above))
+    return SinkCalibration(
+        sink_dims=tuple(sorted(dims)),
+        tau=tau,
+        sink_phi=sink_phi,
+        other_phi=other_phi,
+        sinks_per_prompt=float(sum(a.sum() for a in above)) / looked,
+        image_sinks_per_prompt=float(sum(a.sum() for a in images)) / looked,
+        prompts=prompts,
+    )
+
+
+def _observe(family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Layer inputs [B, T, hidden] and attention received per key [B, T], for every layer of one prefill."""
+    decoder, model = family.decoder, family.model
+    before = decoder.config._attn_implementation_internal
+    decoder.set_attn_implementation("eager")  # the only implementation that returns maps
+    try:
+        with torch.no_grad():
+            out = model(**batch, output_attentions=True, output_hidden_states=True, use_cache=False)
+    finally:
+        decoder.set_attn_implementation(before)
+    ids = batch["input_ids"]
+    valid = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    seen_by = valid.flip(-1).cumsum(-1).flip(-1).clamp(min=1)  # rows that may see a key
+    received = [(a.float().mean(1) * valid[:, :, None]).sum(1) / seen_by for a in out.attentions]
+    return list(out.hidden_states), received, valid, (ids == family.image_token_id) & valid
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+def _cache_file(model: Any) -> Path:
+    family = describe(model)
+    key = hashlib.sha256(json.dumps([_name(model), *family.fingerprint]).encode()).hexdigest()[:16]
+    return cache_folder() / f"{Path(_name(model)).name}-{key}.json"
+
+
+def _stored(model: Any) -> dict[str, Any]:
+    folder = Path(_name(model))
+    for path in (folder / FILE, _cache_file(model)):
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise MmfixError(
+                    f"{path} is not a readable calibration ({error}); delete it and calibrate again"
+                ) from error
+            if isinstance(content, dict):
+                return content
+    return {}

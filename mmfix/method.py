@@ -1,0 +1,225 @@
+"""What a method is, and the one place where methods are registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from mmfix.errors import MethodError
+from mmfix_kernels import Edit, HeadScale
+
+if TYPE_CHECKING:
+    from mmfix.families import Family
+    from mmfix.spans import TokenSpans
+
+Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method, for help texts and generated controls."""
+
+    default: Any
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method without running it.
+
+    Args:
+        name: registry name.
+        title: the method's name in its paper.
+        paper: citation key, such as ``arXiv:2503.03321``.
+        kind: class in the edit vocabulary.
+        passes: forward passes per generated token (1 = no extra pass).
+        trained_in_paper: True when the paper trains with the change and training-free use is an extrapolation.
+        params: parameter name → :class:`Param`.
+        cls: the dataclass.
+    """
+
+    name: str
+    title: str
+    paper: str
+    kind: Kind
+    passes: float
+    trained_in_paper: bool
+    params: dict[str, Param]
+    cls: type[Method]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention layer, as a method sees it.
+
+    Args:
+        layer: 0-based layer number.
+        num_layers, num_heads: of the language model.
+        spans: token spans of the prompt at hand.
+    """
+
+    layer: int
+    num_layers: int
+    num_heads: int
+    spans: TokenSpans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: a frozen dataclass of numbers with a few optional answers.
+
+    Answers return data; the engine does the work. A method that overrides none of them changes nothing.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    def prepare(self, family: Family) -> Method:
+        """This method with every default resolved for a model; raise ``MethodError`` when that cannot be done."""
+        return self
+
+    def edits(self, site: Site) -> Sequence[Edit]:
+        """Edits of one layer, asked once per prompt and layer."""
+        return ()
+
+    def wants_sinks(self, layer: int, num_layers: int) -> bool:
+        """Whether :meth:`sinks` is asked at this layer."""
+        return False
+
+    def sinks(self, site: Site, hidden: Tensor) -> Tensor:
+        """Bool[B, T]: prompt keys that are attention sinks at this layer, from its input ``hidden`` [B, T, hidden]."""
+        raise NotImplementedError
+
+    def wants_heads(self, layer: int, num_layers: int) -> bool:
+        """Whether :meth:`head_scale` is asked at this layer; it costs a text-only prefill."""
+        return False
+
+    def head_scale(self, site: Site, heads: Tensor, text_only: Tensor) -> HeadScale:
+        """Head factors from head outputs at the last prompt position with and without the image, both [B, H, D]."""
+        raise NotImplementedError
+
+    scales_text_only: ClassVar[bool] = True
+
+    def check(self, name: str, low: float, high: float) -> None:
+        """Raise ``MethodError`` unless ``low <= self.name <= high``."""
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            label = getattr(getattr(self, "info", None), "name", type(self).__name__)
+            raise MethodError(f"{label}.{name}={value!r}: give a number from {low:g} to {high:g}")
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, MethodInfo] = {}
+
+
+def param(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with a help text and a range, from which controls and documentation are generated."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def register(
+    name: str, *, title: str, paper: str, kind: Kind, passes: float = 1.0, trained_in_paper: bool = False
+) -> Callable[[M], M]:
+    """Class decorator that enters a method into the registry.
+
+    Raises:
+        MethodError: the name is taken or malformed, or the class is not a frozen ``Method`` dataclass.
+    """
+
+    def enter(cls: M) -> M:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or name == "greedy":
+            raise MethodError(f"method name {name!r}: use lower-case words joined by '-' ('greedy' means no method)")
+        if name in _REGISTRY:
+            raise MethodError(f"method name {name!r} is taken by {_REGISTRY[name].cls.__name__}; choose another")
+        if not (issubclass(cls, Method) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise MethodError(f"{cls.__name__}: a method is a frozen dataclass that derives from mmfix.Method")
+        params = {
+            f.name: Param(f.default, f.metadata.get("help", ""), f.metadata.get("low"), f.metadata.get("high"))
+            for f in dataclasses.fields(cls)
+        }
+        cls.info = MethodInfo(name, title, paper, kind, passes, trained_in_paper, params, cls)
+        _REGISTRY[name] = cls.info
+        return cls
+
+    return enter
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All registered methods: name → :class:`MethodInfo`, sorted by name."""
+    import mmfix.methods  # noqa: F401 - fills the registry
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def method(name: str, **params: Any) -> Method:
+    """Build a method by name.
+
+    Raises:
+        MethodError: unknown name or parameter (the choices are listed), or a value out of range.
+    """
+    known = methods()
+    if name not in known:
+        raise MethodError(f"unknown method {name!r}{_hint(name, known)}; choose one of: {', '.join(known)}")
+    info = known[name]
+    for given in params:
+        if given not in info.params:
+            choices = ", ".join(info.params) or "none"
+            raise MethodError(
+                f"method {name!r} has no parameter {given!r}{_hint(given, info.params)}; its parameters: {choices}"
+            )
+    try:
+        return info.cls(**params)
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"method {name!r}: {error}") from error
+
+
+def parse(text: str) -> Method:
+    """Build a method from ``name`` or ``name:field=value,field=value`` (values are JSON, else text).
+
+    Lists may hold commas: ``var:sink_dims=[5,11],tau=4``.
+    """
+    name, colon, rest = text.partition(":")
+    params: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", rest) if colon else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise MethodError(f"method {text!r}: {part!r} is not field=value; write {name}:field=value,field=value")
+        try:
+            params[key.strip()] = _frozen(json.loads(value))
+        except json.JSONDecodeError:
+            params[key.strip()] = value.strip()
+    return method(name.strip(), **params)
+
+
+def spec(method: Method) -> dict[str, Any]:
+    """A JSON-able description: ``{"name": …, "params": {…}}``; :func:`from_spec` reads it back."""
+    return {
+        "name": method.info.name,
+        "params": {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)},
+    }
+
+
+def from_spec(description: dict[str, Any]) -> Method:
+    """The method that :func:`spec` described."""
+    return method(description["name"], **{k: _frozen(v) for k, v in description.get("params", {}).items()})
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _hint(word: str, choices: Any) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,6 @@
+"""The methods, one file each. Importing this package fills the registry."""
+
+from mmfix.methods.var import VAR
+from mmfix.methods.vhr import VHR
+
+__all__ = ["VAR", "VHR"]

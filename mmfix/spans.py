@@ -1,0 +1,75 @@
+"""Which key is what: token spans of a batch of prompts, as one int8 label per key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmfix.errors import MmfixError
+from mmfix_kernels import Label, Rows
+
+NEVER = 1 << 40  # a row position that no sequence reaches
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpans:
+    """Spans of one batch of prompts, [B, T] with T the padded length.
+
+    Args:
+        image: Bool[B, T], image tokens (several images need not touch).
+        valid: Bool[B, T], False on padding.
+        labels: Int8[B, T], one :class:`mmfix_kernels.Label` per token.
+        starts: for each kind of row, Int64[B]: position of the first row of that kind (``NEVER`` if there is none).
+        last: Int64[B], position of the last token of each prompt.
+    """
+
+    image: Tensor
+    valid: Tensor
+    labels: Tensor
+    starts: dict[Rows, Tensor]
+    last: Tensor
+
+    @property
+    def has_image(self) -> Tensor:
+        """Bool[B]: which prompts hold an image."""
+        return self.image.any(-1)
+
+    @property
+    def length(self) -> int:
+        return self.image.shape[1]
+
+
+def build(image: Tensor, valid: Tensor) -> TokenSpans:
+    """Spans from image and padding masks, both Bool[B, T]; padding may lie on either side."""
+    if image.shape != valid.shape:
+        raise MmfixError(
+            f"image mask {tuple(image.shape)} and attention mask {tuple(valid.shape)} differ in shape; "
+            "give both for the same padded batch"
+        )
+    image = image & valid
+    positions = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    has_image = image.any(-1)
+    first_image = torch.where(image, positions, NEVER).amin(-1)
+    after_image = torch.where(image, positions, -1).amax(-1) + 1
+    last = torch.where(valid, positions, 0).amax(-1)
+
+    labels = torch.full(image.shape, int(Label.TEXT), dtype=torch.int8, device=image.device)
+    labels[positions < torch.where(has_image, first_image, 0)[:, None]] = int(Label.SYSTEM)
+    labels[image] = int(Label.IMAGE)
+    labels[~valid] = int(Label.PADDING)
+    starts = {
+        Rows.ALL: torch.zeros_like(last),
+        Rows.AFTER_IMAGE: torch.where(has_image, after_image, NEVER),
+        Rows.LAST: last,
+    }
+    return TokenSpans(image, valid, labels, starts, last)
+
+
+def relabel_sinks(labels: Tensor, sinks: Tensor) -> Tensor:
+    """Labels with the keys of `sinks` (Bool[B, T]) turned into text or image sinks; padding stays padding."""
+    image = labels == int(Label.IMAGE)
+    padding = labels == int(Label.PADDING)
+    sunk = torch.where(image, int(Label.IMAGE_SINK), int(Label.TEXT_SINK)).to(labels.dtype)
+    return torch.where(sinks & ~padding, sunk, labels)

@@ -1,0 +1,127 @@
+"""The prompt without its image, carried through the layers beside the real prompt, once per prefill.
+
+Head methods compare head outputs with and without the image while earlier layers are already scaled in both
+branches, so the two prefills must advance layer by layer. The layers are called with the arguments the decoder itself
+computes for the short prompt (positions, mask), which a dry pass with the layers stubbed out records; that keeps this
+independent of any model's layer signature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfix.families import Family
+from mmfix.spans import TokenSpans
+from mmfix_kernels import AttentionCall, HeadScale, grouped_attention
+
+
+class _Probed(Exception):  # noqa: N818 - control flow, never seen outside
+    """Head outputs are known; the rest of the layer need not run."""
+
+
+class TextOnly:
+    """The text-only branch of one prefill: :meth:`record` once, then probe and advance layer by layer."""
+
+    def __init__(
+        self,
+        family: Family,
+        spans: TokenSpans,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        last_layer: int,
+        scaled: bool,
+    ) -> None:
+        """Embed the prompt without its image tokens, right-aligned and with positions closed up.
+
+        Args:
+            ids, embeds: the prompt's tokens [B, T] or their embeddings [B, T, hidden]; one of them.
+            last_layer: the last layer whose head outputs will be asked for.
+            scaled: whether head factors act on this branch too.
+        """
+        self.family = family
+        self.last_layer = last_layer
+        self.scaled = scaled
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.running: str = ""  # "", "probe" or "advance": whose attention call it is
+        self._heads: Tensor | None = None
+        self._scales: list[HeadScale] = []
+
+        keep = spans.valid & ~spans.image
+        lengths = keep.sum(-1)
+        width = max(1, int(lengths.max()))
+        # Kept tokens, in order, pushed to the right; a stable sort of the mask does it for every row at once.
+        order = torch.argsort(keep.int(), dim=-1, stable=True)[:, -width:]
+        self.mask = torch.arange(width, device=keep.device)[None, :] >= width - lengths[:, None]
+        if embeds is None:
+            assert ids is not None
+            embeds = family.model.get_input_embeddings()(ids.masked_fill(spans.image, 0))
+        assert embeds is not None
+        self.hidden = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))  # [B, width, hidden]
+
+    def record(self) -> None:
+        """Call the decoder with every layer stubbed out, to learn the arguments it gives its layers."""
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            self.arguments.append((args, kwargs))
+            return args[0] if args else kwargs["hidden_states"]
+
+        before = [layer.__dict__.get("forward") for layer in self.family.layers]
+        self.running = "advance"  # keeps the layer hooks quiet
+        try:
+            for layer in self.family.layers:
+                layer.__dict__["forward"] = stub
+            mask = self.mask.long()
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            self.family.decoder(inputs_embeds=self.hidden, attention_mask=mask, position_ids=positions, use_cache=False)
+        finally:
+            self.running = ""
+            for layer, forward in zip(self.family.layers, before, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.__dict__["forward"] = forward
+
+    def probe(self, layer: int) -> None:
+        """Head outputs of `layer` at the last position, without running the rest of the layer."""
+        self._run(layer, "probe")
+
+    def heads(self) -> Tensor:
+        """[B, H, D]: head outputs at the last position, from the latest :meth:`probe`."""
+        assert self._heads is not None
+        return self._heads
+
+    def advance(self, layer: int, scales: list[HeadScale]) -> bool:
+        """Run `layer`, with the head factors just chosen ; True when no later layer is needed."""
+        if layer >= self.last_layer:
+            return True
+        self._scales = scales if self.scaled else []
+        output = self._run(layer, "advance")
+        self.hidden = output[0] if isinstance(output, tuple) else output
+        return False
+
+    def _run(self, layer: int, purpose: str) -> Any:
+        args, kwargs = self.arguments[layer]
+        kwargs = dict(kwargs)
+        if args:
+            args = (self.hidden, *args[1:])
+        else:
+            kwargs["hidden_states"] = self.hidden
+        self.running = purpose
+        try:
+            return self.family.layers[layer](*args, **kwargs)
+        except _Probed:
+            return None
+        finally:
+            self.running = ""
+
+    def attend(self, inputs: dict[str, Any], backend: str | None) -> tuple[Tensor, None]:
+        """An attention call that belongs to this branch."""
+        edits = [] if self.running == "probe" else self._scales
+        output = grouped_attention(AttentionCall(**inputs, edits=edits), backend).output
+        if self.running == "probe":
+            self._heads = output[:, :, -1]
+            raise _Probed
+        return output.transpose(1, 2).contiguous(), None
