@@ -5,6 +5,7 @@
 ...     ids = model.generate(**inputs, max_new_tokens=64)
 """
 
+import mmfix.methods  # noqa: F401 - first, so that importing the package later does not hide the function `methods`
 from mmfix import calibration, errors
 from mmfix.calibration import calibrated
 from mmfix.engine import Mitigation, mitigate

@@ -212,6 +212,19 @@ def _stored(model: Any) -> dict[str, Any]:
                 raise MmfixError(
                     f"{path} is not a readable calibration ({error}); delete it and calibrate again"
                 ) from error
-            if isinstance(content, dict):
-                return content
+            if not _well_formed(content):
+                raise MmfixError(f"{path} does not hold a calibration; delete it and calibrate again")
+            return dict(content)
     return {}
+
+
+def _well_formed(content: Any) -> bool:
+    """Whether a calibration file has the shape that :func:`save` writes; either part may be missing."""
+    if not isinstance(content, dict):
+        return False
+    sinks, chosen = content.get("sinks"), content.get("methods", {})
+    if sinks is not None:
+        dims = sinks.get("sink_dims") if isinstance(sinks, dict) else None
+        if not isinstance(dims, list) or not dims or not all(type(d) is int for d in dims):
+            return False
+    return isinstance(chosen, dict) and all(isinstance(params, dict) for params in chosen.values())

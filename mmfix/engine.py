@@ -107,7 +107,7 @@ def mitigate(
 
 
 def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, params: dict[str, Any]) -> list[Method]:
-    given = [] if method is None else [method] if isinstance(method, (str, Method)) else list(method)
+    given = [] if method is None else list(method) if isinstance(method, (list, tuple)) else [method]
     if params and not (len(given) == 1 and isinstance(given[0], str)):
         raise MethodError(f"parameters {', '.join(params)} were given without a single method name to apply them to")
     built = []
@@ -148,7 +148,7 @@ def _install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSt
             lambda module, args, kwargs: session.begin(args, kwargs), with_kwargs=True
         )
     )
-    hook(family.model.register_forward_hook(lambda module, args, output: session.finish()))
+    hook(family.model.register_forward_hook(lambda module, args, output: session.finish(), always_call=True))
     for n, layer in enumerate(family.layers):
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session, n), with_kwargs=True))

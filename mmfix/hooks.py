@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmfix.errors import UnsupportedModel
 from mmfix_kernels import AttentionCall, Edit, grouped_attention
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "mmfix"
 ATTRIBUTE = "_mmfix"
+_UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
 
 
 def register_attention() -> None:
@@ -81,6 +83,12 @@ def attention(
     Returns:
         The output [B, L, H, D], and the group masses [B, H, L, 8] when ``output_attentions`` asks for them.
     """
+    unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unknown:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives its attention {' and '.join(unknown)}, which mmfix would drop; "
+            "use a model without it"
+        )
     q_len, s_len = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if attention_mask is None and causal and 1 < q_len < s_len:

@@ -106,7 +106,10 @@ class Method:
         """Head factors from head outputs at the last prompt position with and without the image, both [B, H, D]."""
         raise NotImplementedError
 
-    scales_text_only: ClassVar[bool] = True
+    @property
+    def scales_text_only(self) -> bool:
+        """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
+        return True
 
     def check(self, name: str, low: float, high: float) -> None:
         """Raise ``MethodError`` unless ``low <= self.name <= high``."""
@@ -154,8 +157,6 @@ def register(
 
 def methods() -> dict[str, MethodInfo]:
     """All registered methods: name → :class:`MethodInfo`, sorted by name."""
-    import mmfix.methods  # noqa: F401 - fills the registry
-
     return dict(sorted(_REGISTRY.items()))
 
 

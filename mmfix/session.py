@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,10 @@ class Session:
         self.forward = _Forward()
         self.text_only: TextOnly | None = None
         self._with_image: Tensor | None = None
+        self._any_image = False
+        self._cache: weakref.ref[Any] | None = None
+        self._last_ids: Tensor | None = None
+        self._last_picture: Any = None
         self.notes: list[str] = []
         self.prompts = 0
         self.passes = 0
@@ -75,27 +80,56 @@ class Session:
             )
         ids, embeds = _token_inputs(args, kwargs)
         batch, q_len = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
-        past = _past_length(kwargs.get("past_key_values"))
-        self.forward = _Forward(active=True, prefill=past == 0, total=past + q_len)
+        cache = kwargs.get("past_key_values")
+        past = _past_length(cache)
+        keep = kwargs.get("logits_to_keep", 0)
+        kept = keep if isinstance(keep, int) else 0
         self.mass_sum, self.mass_layers = None, 0
-        if past == 0:
-            self._prompt(ids, embeds, kwargs.get("attention_mask"))
-        elif self.spans is None or past > self.length:
-            raise MmfixError(
-                f"the cache holds {past} tokens of which mitigate() saw {self.length}, so their image tokens are "
-                "unknown; enter mitigate() before the prompt is processed"
-            )
+        again = past == 0 and cache is None and self._is_next_step(ids, kwargs)
+        self.forward = _Forward(active=True, prefill=past == 0 and not again, total=past + q_len)
+        if self.forward.prefill:
+            # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
+            guessed = max(0, kept - 1) if cache is not None else 0
+            self._prompt(ids, embeds, kwargs.get("attention_mask"), q_len - guessed)
+            self._cache = None if cache is None else weakref.ref(cache)
+        elif again:
+            self._continue(batch, q_len)
         else:
-            self._continue(ids, batch, past, q_len)
+            self._check_step(cache, past, q_len, kept)
+            self._continue(batch, past + q_len)
+        self._last_ids, self._last_picture = ids, _picture(kwargs)
         self.length = self.forward.total
         self._rows(batch, past, q_len)
 
-    def _prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Any) -> None:
+    def _is_next_step(self, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass without a cache is the last one with one token more, as when generating without a cache."""
+        last = self._last_ids
+        if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
+            return False
+        return _picture(kwargs) is self._last_picture and torch.equal(ids[:, :-1], last)
+
+    def _check_step(self, cache: Any, past: int, q_len: int, kept: int) -> None:
+        """Refuse a step whose prompt is not the one at hand."""
+        known = self._cache() if self._cache is not None else None
+        if self.spans is None or past > self.length or cache is not known:
+            raise MmfixError(
+                f"the cache holds {past} tokens of a prompt that is not the one mitigate() saw last, so its image "
+                "tokens are unknown; enter mitigate() before the prompt is processed, and finish one prompt at a time"
+            )
+        if q_len > 1 and kept != q_len:
+            raise MmfixError(
+                f"{q_len} more prompt tokens came after the first {past}; a prompt in pieces (prefill_chunk_size, or a "
+                "further turn on a cache) is not supported: give the whole prompt at once, with a fresh cache"
+            )
+
+    def _prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Any, length: int) -> None:
+        """Spans of a new prompt: the first `length` tokens of the pass; what follows them is generated."""
+        ids, embeds = (None if x is None else x[:, :length] for x in (ids, embeds))
         like = ids if ids is not None else embeds
         assert like is not None
         shape = like.shape[:2]
         if self.image_mask is not None:
-            image = self.image_mask.to(like.device)
+            image = _rows_for(self.image_mask.to(like.device), shape[0])
             if image.shape != shape:
                 raise MmfixError(
                     f"image_mask {tuple(image.shape)} does not fit the prompt {tuple(shape)}; "
@@ -129,36 +163,32 @@ class Session:
             self.text_only.record()
             self.extra_passes += 1
 
-    def _continue(self, ids: Tensor | None, batch: int, past: int, q_len: int) -> None:
-        assert self.spans is not None
+    def _continue(self, batch: int, total: int) -> None:
+        """Labels and spans for `batch` rows of `total` keys; what lies beyond the prompt is generated."""
+        spans = self.spans
+        assert spans is not None
         for state in self.layers:
             assert state.labels is not None
             if state.labels.shape[0] != batch:
                 state.labels = _rows_for(state.labels, batch)
-            if state.labels.shape[1] < past + q_len:
-                state.labels = _padded(state.labels, past + q_len + _ROOM)
-        if self.spans.image.shape[0] != batch:
+            if state.labels.shape[1] < total:
+                state.labels = _padded(state.labels, total + _ROOM)
+        if spans.image.shape[0] != batch:
             self.spans = TokenSpans(
-                image=_rows_for(self.spans.image, batch),
-                valid=_rows_for(self.spans.valid, batch),
-                labels=_rows_for(self.spans.labels, batch),
-                starts={kind: _rows_for(start, batch) for kind, start in self.spans.starts.items()},
-                last=_rows_for(self.spans.last, batch),
+                image=_rows_for(spans.image, batch),
+                valid=_rows_for(spans.valid, batch),
+                labels=_rows_for(spans.labels, batch),
+                starts={kind: _rows_for(start, batch) for kind, start in spans.starts.items()},
+                last=_rows_for(spans.last, batch),
             )
             self._note_images()
-        if q_len > 1 and ids is not None:  # a further turn may bring further images
-            image = ids == self.family.image_token_id
-            if bool(image.any()):
-                for state in self.layers:
-                    assert state.labels is not None
-                    state.labels = state.labels.clone()
-                    state.labels[:, past : past + q_len][image] = int(Label.IMAGE)
 
     def _note_images(self) -> None:
         """Keep the row mask of a decode step at hand: None when every prompt has an image."""
         assert self.spans is not None
         has_image = self.spans.has_image
         self._with_image = None if bool(has_image.all()) else has_image[:, None]
+        self._any_image = bool(has_image.any())
 
     def _rows(self, batch: int, past: int, q_len: int) -> None:
         """Which rows of this pass each kind of :class:`Rows` touches."""
@@ -167,12 +197,12 @@ class Session:
         if q_len == 1 and not self.forward.prefill:
             # One new token is after the image, and the newest; only prompts without an image differ.
             self.forward.rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: self._with_image}
-            self.forward.first = dict.fromkeys(Rows, 0)
+            self.forward.first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: 0 if self._any_image else q_len}
             return
         positions = torch.arange(past, past + q_len, device=spans.image.device)
-        valid = torch.ones(batch, q_len, dtype=torch.bool, device=positions.device)
-        if self.forward.prefill:
-            valid = spans.valid
+        valid = torch.ones(batch, past + q_len, dtype=torch.bool, device=positions.device)
+        valid[:, : spans.length] = spans.valid[:, : past + q_len]
+        valid = valid[:, past:]
         for kind, start in spans.starts.items():
             mask = (positions[None, :] >= start[:, None]) & valid
             anywhere = mask.any(0)
@@ -196,7 +226,7 @@ class Session:
             sinks = torch.zeros_like(self.spans.valid)
             for one in self.methods:
                 if one.wants_sinks(layer, self.family.num_layers):
-                    sinks |= one.sinks(site, hidden)
+                    sinks |= one.sinks(site, hidden[:, : self.spans.length])
             labels = token_spans.relabel_sinks(self.spans.labels, sinks)
             state.labels = _padded(labels, labels.shape[1] + _ROOM)
         if self.text_only is not None and layer in self._head_layers:
@@ -300,6 +330,12 @@ def _valid(attention_mask: Any, like: Tensor) -> Tensor:
         return mask[:, :length].to(like.device).bool()
     last = mask[:, 0, -1, :length].expand(batch, -1).to(like.device)  # what the last row may see
     return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min
+
+
+def _picture(kwargs: dict[str, Any]) -> Any:
+    """What stands for the picture among a pass's inputs."""
+    encoded = kwargs.get("mm_encoder_outputs")
+    return encoded if encoded is not None else kwargs.get("pixel_values")
 
 
 def _past_length(cache: Any) -> int:

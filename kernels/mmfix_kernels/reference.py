@@ -72,7 +72,7 @@ def _edit_scores(groups: KeyGroups, edit: ScoreEdit, scores: Tensor, allowed: Te
     fired[0] = (touched & keys.any(-1, keepdim=True)).sum()
     fired[1] = touched.sum()
     edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
-    return torch.where(touched & keys, edited, scores)
+    return torch.where(touched & keys & ~scores.isneginf(), edited, scores)  # what is hidden stays hidden
 
 
 def _mass(groups: KeyGroups, group: Group, weights: Tensor) -> Tensor:

@@ -73,16 +73,20 @@ def _fused(call: AttentionCall, rows: int) -> Tensor:
             key, value = key[:, :, :rows], value[:, :, :rows]
         elif mask is not None and mask.shape[-2] != 1:
             mask = mask[..., :rows, :]
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None and query.is_cuda:
-        # A mask together with grouped heads leaves the fused CUDA kernels; repeating the heads keeps them.
-        repeats = query.shape[1] // key.shape[1]
-        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    repeats = query.shape[1] // key.shape[1]
+    packed = repeats > 1 and mask is not None and query.shape[2] == 1 and mask.shape[1] == 1
+    if packed:  # one query row: the heads of a group become the rows
+        query = query.reshape(key.shape[0], key.shape[1], repeats, query.shape[-1])
+    elif repeats > 1 and mask is not None:
+        # A mask together with grouped heads leaves the fused kernels; repeating the heads keeps them.
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(
+    grouped = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=call.factor, enable_gqa=grouped
     )
+    return output.reshape(call.query.shape[0], call.query.shape[1], rows, -1) if packed else output
 
 
 def _dense(call: AttentionCall, first: int, fired: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,10 +142,16 @@ class _Chunk:
         call = self.call
         query = call.query[:, :, self.start : self.stop]
         scores = _group_matmul(query, call.key.transpose(-1, -2)).float() * call.factor
+        hidden = None
+        if self.mask is not None and call.score_edits:  # edits see a finite bias, and never an infinity
+            hidden = self.mask.isneginf()
+            scores = scores + self.mask.masked_fill(hidden, 0.0)
+        elif self.mask is not None:
+            scores = scores + self.mask
         for n, score_edit in call.score_edits:
             scores = self.edit_scores(score_edit, scores, fired[n])
-        if self.mask is not None:
-            scores = scores + self.mask
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
         if self.mask is not None or call.score_edits:  # a row with no allowed key (padding) attends to nothing
             weights = weights.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
@@ -177,7 +187,7 @@ class _Chunk:
         fired[0] += visible.any(-1).expand(self.shape).sum()
         fired[1] += self.count(touched)
         edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
-        return torch.where(places, edited, scores)
+        return torch.where(places & ~scores.isneginf(), edited, scores)  # what is hidden stays hidden
 
     def move_mass(self, move: MassMove, weights: Tensor, fired: Tensor) -> Tensor:
         gate, touched = move.gate, self.touched(move)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfix.errors import MethodError
+from mmfix.families import Family
 from mmfix.method import Method, Site, param, register
 from mmfix_kernels import HeadScale
 
@@ -34,6 +36,7 @@ class VHR(Method):
         layers: layers that are reinforced; None takes the paper's {1} and the last 14, of a 32-layer model, in
             proportion: layer 1 and the last 7/16 of the layers.
         drop_outliers: the paper's removal of heads that are large without the image.
+        scale_text_only: scale the chosen heads in the text-only branch as well, before later layers are compared.
 
     Raises:
         MethodError: a value out of range.
@@ -42,11 +45,22 @@ class VHR(Method):
     alpha: float = param(2.0, "factor on the chosen heads", 0.0, 4.0)
     layers: tuple[int, ...] | None = param(None, "layers that are reinforced; empty = the paper's, in proportion")
     drop_outliers: bool = param(True, "leave out heads that are large without the image")
+    scale_text_only: bool = param(True, "scale the text-only branch too")
 
     def __post_init__(self) -> None:
         self.check("alpha", 0.0, 100.0)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
+
+    def prepare(self, family: Family) -> VHR:
+        count = family.num_layers
+        if self.layers is not None and (not self.layers or not all(-count <= n < count for n in self.layers)):
+            raise MethodError(f"vhr.layers={self.layers!r}: give layers from {-count} to {count - 1}, or None")
+        return self
+
+    @property
+    def scales_text_only(self) -> bool:
+        return self.scale_text_only
 
     def wants_heads(self, layer: int, num_layers: int) -> bool:
         if self.alpha == 1.0:

@@ -59,7 +59,9 @@ def test_constraints_pin_every_direct_dependency() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["eval"], *extras["dev"]]
     names = {re.split(r"[\[<>=;]", text)[0].lower() for text in wanted} - {"mmfix"}
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     assert names <= pinned, names - pinned
 
 

@@ -1,4 +1,7 @@
-"""Write a TinyWorld split to a folder: ``python -m mmfix_evals.tinyworld.export --split test --images 200 --out DIR``."""
+"""Write a TinyWorld split to a folder.
+
+Example: ``python -m mmfix_evals.tinyworld.export --split test --images 200 --out DIR``.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+# Shape tables read best one object a block; their lines are data.
+# ruff: noqa: E501
 """How each category looks: lists of primitives in the unit square, as data.
 
 A primitive is ``(kind, coordinates, colour)``. Kinds: ``E`` filled ellipse, ``R`` filled rectangle, ``P`` polygon,

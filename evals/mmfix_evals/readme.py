@@ -1,0 +1,175 @@
+"""Fill the generated parts of the README from the registry and from committed records.
+
+``python -m mmfix_evals.readme`` rewrites them; ``--check`` says whether they are up to date; ``--example`` makes the
+example anew (picture and answers of the bundled model) before it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmfix_evals import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path("evals/records/tinyworld")
+EXAMPLE = Path("docs/example.json")
+PICTURE = Path("docs/example.png")
+FULL_TABLE = Path("docs/results.md")
+
+COLUMNS = (
+    ("POPE random", "tinyworld-pope", "random", "accuracy"),
+    ("popular", "tinyworld-pope", "popular", "accuracy"),
+    ("adversarial", "tinyworld-pope", "adversarial", "accuracy"),
+    ("CHAIR_i ↓", "tinyworld-chair", "test", "chair_i"),
+    ("recall", "tinyworld-chair", "test", "recall"),
+)
+
+
+def methods_table() -> str:
+    """One line per registered method."""
+    import mmfix
+
+    lines = ["| name | method | paper | kind | passes per token |", "| --- | --- | --- | --- | --- |"]
+    for name, info in mmfix.methods().items():
+        identifier = info.paper.removeprefix("arXiv:")
+        paper = f"[{identifier}](https://arxiv.org/abs/{identifier})" if info.paper.startswith("arXiv:") else info.paper
+        trained = " (trained in the paper; used here without training)" if info.trained_in_paper else ""
+        lines.append(f"| `{name}` | {info.title}{trained} | {paper} | {info.kind} | {info.passes:g} |")
+    return "\n".join(lines)
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """A compact table of a run: greedy with its interval, every method as its difference to greedy."""
+    values = {(m["task"], m["split"], m["metric"], m["method"]): m for m in results["metrics"]}
+    changes = {(c["task"], c["split"], c["metric"], c["method"]): c for c in results["comparisons"]}
+    methods = list(dict.fromkeys(m["method"] for m in results["metrics"]))
+    lines = [f"| method | {' | '.join(title for title, *_ in COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name in methods:
+        cells = []
+        for _, task, split, metric in COLUMNS:
+            change = changes.get((task, split, metric, name))
+            entry = values[task, split, metric, name]
+            if change is None:
+                cells.append(_percent(entry["value"], entry["ci_low"], entry["ci_high"], ".1f"))
+            else:
+                shown = _percent(change["difference"], change["ci_low"], change["ci_high"], "+.1f")
+                cells.append(f"{shown}, p = {change['p_holm']:.2g}")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(value: float, low: float, high: float, form: str) -> str:
+    return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+
+
+def example_block(example: dict[str, Any]) -> str:
+    """The before/after at the top of the README."""
+    return "\n".join(
+        [
+            f'<img src="{PICTURE}" width="144" align="left" alt="{example["alt"]}">',
+            "",
+            f"In the picture: {', '.join(example['present'])}.",
+            "",
+            f"**greedy**: {_marked(example['plain'], example['absent'])}",
+            "",
+            f"**{example['method']}**: {_marked(example['mitigated'], example['absent'])}",
+            "",
+            f'<br clear="left">Bundled model, {example["document"]}, chosen to show a change ({example["share"]}).',
+        ]
+    )
+
+
+def _marked(text: str, absent: list[str]) -> str:
+    """Objects that are not in the picture in bold and struck out."""
+    for name in sorted(absent, key=len, reverse=True):
+        text = re.sub(rf"\b(an? {re.escape(name)})\b", r"~~\1~~", text)
+    return text
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with the region between ``<!-- name -->`` and ``<!-- /name -->`` replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"README.md has no region {name!r}")
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+def generated() -> dict[Path, str]:
+    """Every generated text file and its content."""
+    results = json.loads((ROOT / RECORD / "results.json").read_text())
+    example = json.loads((ROOT / EXAMPLE).read_text())
+    readme = (ROOT / "README.md").read_text()
+    readme = fill(readme, "methods", methods_table())
+    notes = " ".join(tables.footnotes(results))
+    more = f"{notes} [All metrics]({FULL_TABLE})."
+    readme = fill(readme, "results", f"{results_table(results)}\n\n{more}")
+    readme = fill(readme, "example", example_block(example))
+    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"
+    return {Path("README.md"): readme, FULL_TABLE: full}
+
+
+def make_example(method: str = "vhr", images: int = 100) -> None:
+    """Describe dev pictures plainly and with `method`; keep the first where an invented object disappears."""
+    from mmfix_decoding import Decoder
+    from mmfix_evals.tinyworld import CAPTION_PROMPT, file_name, render, scenes
+    from mmfix_evals.tinyworld.world import CATEGORIES
+
+    decoder = Decoder.from_pretrained("tiny")
+    items = scenes("dev", images)
+    pictures = [render(item) for item in items]
+    plain = [a.text for a in decoder.generate(pictures, CAPTION_PROMPT)]
+    changed = [a.text for a in decoder.with_method(method).generate(pictures, CAPTION_PROMPT)]
+
+    def invented(text: str, present: tuple[str, ...]) -> set[str]:
+        return {n for n in CATEGORIES if n not in present and re.search(rf"\ban? {n}\b", text)}
+
+    better = worse = 0
+    shown: dict[str, Any] | None = None
+    for item, picture, before, after in zip(items, pictures, plain, changed, strict=True):
+        a, b = invented(before, item.categories), invented(after, item.categories)
+        better, worse = better + (len(b) < len(a)), worse + (len(b) > len(a))
+        kept = {n for n in item.categories if n in before} <= {n for n in item.categories if n in after}
+        if shown is None and b < a and kept and not b:
+            picture.resize((288, 288), 0).save(ROOT / PICTURE)
+            shown = {
+                "method": method,
+                "document": file_name("dev", item.image_id),
+                "alt": f"TinyWorld picture of a {item.scene}",
+                "present": list(item.categories),
+                "plain": before,
+                "mitigated": after,
+                "absent": sorted(a | b),
+            }
+    if shown is None:
+        raise SystemExit(f"{method} removed no invented object in {images} dev pictures; show another example")
+    shown["share"] = f"of {images} dev pictures it named fewer absent objects in {better} and more in {worse}"
+    (ROOT / EXAMPLE).write_text(json.dumps(shown, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite or check the generated parts."""
+    parser = argparse.ArgumentParser(prog="python -m mmfix_evals.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--example", action="store_true")
+    args = parser.parse_args(argv)
+    if args.example:
+        make_example()
+    stale = [
+        path for path, text in generated().items() if not (ROOT / path).is_file() or (ROOT / path).read_text() != text
+    ]
+    if args.check:
+        for path in stale:
+            print(f"{path} is not up to date; run `make readme`", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in generated().items():
+        (ROOT / path).write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+"""Which parameters make a method act on the tiny models, and which make it do nothing.
+
+A registered method that is not listed is tested with its defaults; one line here covers a method that needs more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmfix.method import Method, method, methods
+
+
+@dataclass(frozen=True)
+class Case:
+    """Parameters of one method on the tiny models of :mod:`support.vlm`.
+
+    Args:
+        active: with these it changes the logits of every prompt with an image.
+        identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
+    """
+
+    active: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] | None = None
+
+
+_VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
+HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "head scale")
+CASES: dict[str, Case] = {
+    "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
+    "vhr": Case(identity={"alpha": 1.0}),
+}
+NAMES = tuple(methods())
+
+
+def active(name: str) -> Method:
+    """The method with parameters that make it act on tiny models."""
+    return method(name, **CASES.get(name, Case()).active)
