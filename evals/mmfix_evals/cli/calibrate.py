@@ -1,0 +1,98 @@
+"""``mmfix calibrate``: facts about a model that a method needs and that must be measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmfix_evals.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROMPT = "Please describe this image in detail."
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+app = typer.Typer(
+    help="Measure what a method must know of a model.",
+    epilog="Example: mmfix calibrate sinks --model llava-hf/llava-1.5-7b-hf --images pictures/",
+    no_args_is_help=True,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure what a method must know of a model."""
+
+
+@app.command("sinks", epilog="Example: mmfix calibrate sinks --model tiny --limit 32 --json")
+def sinks_command(
+    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures; default: pictures of TinyWorld's dev split.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Pictures to look at.")] = 16,
+    prompt: Annotated[str, typer.Option(help="Prompt beside every picture.")] = PROMPT,
+    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    save_to: Annotated[
+        Path | None, typer.Option(help="Write mmfix.json into this model folder, not into the user's cache.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`."""
+    if limit < 1 or batch_size < 1:
+        raise UsageError("--limit and --batch-size: give numbers of 1 or more")
+    pictures = list(_pictures(images, limit))
+    from mmfix import calibration
+    from mmfix_decoding import Decoder
+    from mmfix_evals.cli.quiet import hush
+
+    hush()
+    decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
+    found = calibration.find_sinks(decoder.model, _batches(decoder, pictures, prompt, batch_size))
+    path = calibration.save(decoder.model, found, save_to)
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "file": str(path)}, indent=1))
+        return
+    typer.echo(f"sink dimensions   {', '.join(map(str, found.sink_dims))}")
+    typer.echo(f"tau               {found.tau:g}")
+    typer.echo(f"phi               sinks {found.sink_phi:.1f} (median), others {found.other_phi:.1f} (99th percentile)")
+    typer.echo(f"sinks per prompt  {found.sinks_per_prompt:.1f}, in the image {found.image_sinks_per_prompt:.1f}")
+    typer.echo(f"prompts           {found.prompts}")
+    typer.echo(f"written to {path}")
+    typer.echo(f"Next: mmfix describe PICTURE --model {model} --method var")
+
+
+def _pictures(folder: Path | None, limit: int) -> Iterator[Image]:
+    if folder is None:
+        from mmfix_evals import tinyworld
+
+        for index in range(limit):
+            yield tinyworld.render(tinyworld.scene("dev", index))
+        return
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give --images a folder of pictures")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder}: holds no picture ({', '.join(SUFFIXES)}); give another folder")
+    from mmfix_decoding import load_image
+
+    for path in paths[:limit]:
+        yield load_image(path)
+
+
+def _batches(decoder: Any, pictures: list[Image], prompt: str, size: int) -> Iterator[dict[str, Any]]:
+    """Processor outputs, as the decoder itself makes them."""
+    from mmfix_decoding import prompts
+
+    for first in range(0, len(pictures), size):
+        batch = pictures[first : first + size]
+        requests, _ = prompts.pair(batch, [prompt] * len(batch))
+        yield prompts.encode(prompts.load_images(requests), decoder.processor, decoder.model)

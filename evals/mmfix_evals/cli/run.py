@@ -1,0 +1,100 @@
+"""``mmfix eval run``."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmfix_evals.stats import RESAMPLES
+
+EXAMPLE = (
+    "Example: mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair "
+    "--methods greedy,var,var:move=0.4+vhr --split test --limit 200 --out runs/demo"
+)
+
+
+def run_command(
+    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, separated by commas; see `mmfix eval list`.")
+    ] = "tinyworld-pope,tinyworld-chair",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +. "
+            "Differences and speeds are reported relative to greedy."
+        ),
+    ] = "greedy,var,vhr",
+    split: Annotated[str, typer.Option(help="Data split of the tasks.")] = "test",
+    limit: Annotated[
+        int,
+        typer.Option(
+            help="Number of IMAGES per task, the first ones of the split; the same images for every task. "
+            "POPE asks 18 questions about each."
+        ),
+    ] = 200,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Repeating a command in the same folder resumes it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Prompts per batch.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")] = 0,
+    world_seed: Annotated[int, typer.Option(help="Another value draws other TinyWorld pictures.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per answer; default: the task's (POPE 10, CHAIR 128).")
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--gen-kwargs", "--gen_kwargs", help="More arguments of generate(), e.g. do_sample=true,temperature=0.7."
+        ),
+    ] = None,
+    parser: Annotated[str | None, typer.Option(help="POPE parser of the reported scores; all are recorded.")] = None,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = RESAMPLES,
+    max_errors: Annotated[int, typer.Option(help="Failed answers to tolerate before stopping.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; warnings and results only.")] = False,
+) -> None:
+    """Answer every question with every method, score the answers, and print one table.
+
+    Answers are kept as they come. After Ctrl-C, a kill or a full disk the same command goes on where it stopped.
+    """
+    from mmfix_evals import tables
+    from mmfix_evals.arms import parse_arguments, split_methods
+    from mmfix_evals.cli.quiet import hush
+    from mmfix_evals.plan import RunConfig
+    from mmfix_evals.progress import Reporter
+    from mmfix_evals.run import run
+
+    folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    config = RunConfig(
+        model=model,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        methods=tuple(split_methods(methods)),
+        out=folder,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        world_seed=world_seed,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        max_new_tokens=max_new_tokens,
+        gen_kwargs=parse_arguments(gen_kwargs),
+        parser=parser,
+        resamples=resamples,
+        max_errors=max_errors,
+    )
+    config.check()  # before the seconds that importing torch takes
+    hush(quiet)
+    with Reporter(quiet) as reporter:
+        results = run(config, ["mmfix", *sys.argv[1:]], reporter)
+    tables.print_results(results)
+    typer.echo(f"\nRun folder: {folder}")
+    typer.echo(f"Next: mmfix eval compare {folder}")

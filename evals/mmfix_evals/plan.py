@@ -1,0 +1,149 @@
+"""What a run will ask: documents, their hashes, generation arguments and the key of every sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmfix_evals.arms import Arm
+from mmfix_evals.choices import unknown
+from mmfix_evals.errors import UsageError
+from mmfix_evals.samples import digest, sample_key
+from mmfix_evals.stats import RESAMPLES
+from mmfix_evals.tasks import Document, Task
+from mmfix_evals.tasks import get as get_task
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The options of ``mmfix eval run``. ``limit`` counts pictures per task, not questions."""
+
+    model: str
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    out: Path
+    split: str = "test"
+    limit: int = 200
+    batch_size: int = 16
+    seed: int = 0
+    world_seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    max_new_tokens: int | None = None
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
+    parser: str | None = None
+    resamples: int = RESAMPLES
+    max_errors: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be meant, before a model is loaded."""
+        for name in ("limit", "batch_size", "resamples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 1 or more")
+        for name in ("seed", "world_seed", "max_errors"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 0 or more")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give a number of 1 or more")
+        if not self.tasks:
+            raise UsageError("no task given: use for instance --tasks tinyworld-pope,tinyworld-chair")
+        for name in self.tasks:
+            task = get_task(name)
+            if self.split not in task.data_splits:
+                raise UsageError(f"task {name}: {unknown('split', self.split, task.data_splits)}")
+        flavours = {flavour for name in self.tasks for flavour in get_task(name).flavours}
+        if self.parser is not None and self.parser not in flavours:
+            raise UsageError(unknown("parser", self.parser, flavours))
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task of a run.
+
+    Attributes:
+        image_sha256: picture name → hash of its pixels, in the order of first use.
+        generation: arguments of every ``generate`` call.
+        protocol: identity of everything but the method.
+    """
+
+    task: Task
+    flavour: str
+    data_split: str
+    documents: list[Document]
+    image_sha256: dict[str, str]
+    generation: dict[str, Any]
+    protocol: str
+    model: dict[str, Any]
+    seed: int
+
+    def keys(self, arm: Arm) -> dict[str, Document]:
+        """Key → document, in the order of asking."""
+        return {self.key(arm, document): document for document in self.documents}
+
+    def key(self, arm: Arm, document: Document) -> str:
+        return sample_key(
+            task=self.task.name,
+            doc_id=document.doc_id,
+            prompt=document.prompt,
+            image_sha256=self.image_sha256[document.image],
+            model=self.model,
+            method={"name": arm.name, "spec": arm.spec},
+            generation=self.generation,
+            seed=self.seed,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of this task in ``results.json``."""
+        images = list(self.image_sha256)
+        return {
+            "data_split": self.data_split,
+            self.task.flavour_field: self.flavour,
+            "protocol": self.protocol,
+            "data": data_hashes(self.task, self.documents, self.image_sha256),
+            "image_ids": images,
+            "image_ids_sha256": digest(images),
+            "prompts_sha256": digest([document.prompt for document in self.documents]),
+            "n_images": len(images),
+            "n_documents": len(self.documents),
+            "generation": self.generation,
+        }
+
+
+def data_hashes(task: Task, documents: list[Document], image_sha256: dict[str, str]) -> dict[str, str]:
+    """sha256 of the questions with their answers, and of the pictures."""
+    listed = [[d.doc_id, d.split, d.image, d.prompt if task.prompt_is_data else "", d.target] for d in documents]
+    return {"documents_sha256": digest(listed), "images_sha256": digest(list(image_sha256.items()))}
+
+
+def plan(config: RunConfig, model: dict[str, Any]) -> list[TaskPlan]:
+    """Draw up every task of a run for a model with the given fingerprint."""
+    return [_plan_task(config, get_task(name), model) for name in dict.fromkeys(config.tasks)]
+
+
+def _plan_task(config: RunConfig, task: Task, model: dict[str, Any]) -> TaskPlan:
+    documents = task.documents(config.split, config.limit, config.world_seed)
+    images = {name: task.image_sha256(name) for name in dict.fromkeys(d.image for d in documents)}
+    tokens = config.max_new_tokens or task.max_new_tokens
+    generation = {"do_sample": False, "max_new_tokens": tokens, **config.gen_kwargs}
+    protocol = {
+        "task": task.name,
+        "data_split": config.split,
+        "data": data_hashes(task, documents, images),
+        "model": model,
+        "prompts": digest([document.prompt for document in documents]),
+        "generation": generation,
+        "seed": config.seed,
+    }
+    return TaskPlan(
+        task=task,
+        flavour=config.parser if config.parser in task.flavours else task.flavour(None),
+        data_split=config.split,
+        documents=documents,
+        image_sha256=images,
+        generation=generation,
+        protocol=digest(protocol),
+        model=model,
+        seed=config.seed,
+    )

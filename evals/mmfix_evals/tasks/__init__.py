@@ -1,0 +1,12 @@
+"""Tasks: what is asked of a model, and how an answer turns into numbers.
+
+A task is one class in one file: it subclasses :class:`~mmfix_evals.tasks.base.Task` (or a scoring family such as
+:class:`~mmfix_evals.tasks.pope.PopeTask`), says where its documents come from, and is decorated with
+:func:`register`. Importing this package imports no torch.
+"""
+
+from mmfix_evals.tasks.base import Document, Metric, Task, get, names, register, tasks
+from mmfix_evals.tasks.tinyworld_chair import TinyWorldChair
+from mmfix_evals.tasks.tinyworld_pope import TinyWorldPope
+
+__all__ = ["Document", "Metric", "Task", "TinyWorldChair", "TinyWorldPope", "get", "names", "register", "tasks"]
