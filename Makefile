@@ -7,7 +7,7 @@ DEMO_IMAGES ?= 100
 DEMO_OUT    ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types imports unit demo tables clean
+.PHONY: help install test lint types imports unit demo record readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,14 @@ unit: $(STAMP)
 demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print the table
 	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
 	  --split test --limit $(DEMO_IMAGES) --out $(DEMO_OUT)
+
+record: $(STAMP) ## measure the committed results anew (evals/records)
+	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
+	  --split test --limit 400 --out runs/record
+	mkdir -p evals/records/tinyworld && cp runs/record/results.json evals/records/tinyworld/results.json
+
+readme: $(STAMP) ## regenerate the README's tables, example and pictures from the committed records
+	$(BIN)/python -m mmfix_evals.readme --example
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -130,6 +130,11 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
         MmfixError: no prompt was given, or no token stands out.
     """
     family = describe(model)
+    if family.num_layers < first_layer + 2:
+        raise MmfixError(
+            f"{_name(model)!r} has {family.num_layers} layers and sinks are looked for from layer {first_layer} to the "
+            f"last but one; use a model of at least {first_layer + 2} layers"
+        )
     sinks, others, phi_all, image_all = [], [], [], []
     prompts = 0
     for batch in batches:

@@ -148,8 +148,10 @@ def shorten(name: str) -> Callable[[Path], None]:
 
 
 def only_pickles(path: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-    torch.save({}, path / "pytorch_model.bin")
 
 
 def own_code(path: Path) -> None:

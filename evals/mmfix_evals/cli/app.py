@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmfix_evals.cli import calibrate, compare, describe, info, run, score
+from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
     name="mmfix",

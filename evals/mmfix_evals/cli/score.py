@@ -52,7 +52,7 @@ def pope_command(
     """Accuracy, precision, recall, F1 and yes ratio of POPE answers."""
     from mmfix_evals.metrics import pope
 
-    _known("parser", parser, pope.PARSERS)
+    known("parser", parser, pope.PARSERS)
     show(pope.score_files(questions, answers, parser), as_json)
 
 
@@ -75,9 +75,9 @@ def chair_command(
     """CHAIR_s, CHAIR_i, recall and length of captions; flavour "pattern"."""
     from mmfix_evals.metrics import chair
 
-    _known("--unknown-image", unknown_image, ("error", "empty"))
+    known("--unknown-image", unknown_image, ("error", "empty"))
     if truncate is not None:
-        _known("--truncate", truncate, ("last-period",))
+        known("--truncate", truncate, ("last-period",))
     show(chair.score_files(captions, ground_truth, synonyms, unknown_image, truncate), as_json)
 
 
@@ -110,7 +110,7 @@ def _scorers() -> list[str]:
     return [str(info.name) for info in app.registered_commands]
 
 
-def _known(kind: str, given: str, choices: Any) -> None:
+def known(kind: str, given: str, choices: Any) -> None:
     if given not in choices:
         raise UsageError(unknown(kind, given, choices))
 

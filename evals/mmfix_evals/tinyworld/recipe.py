@@ -66,7 +66,7 @@ RECIPES = {
             Stage("patches", 900, 96, 1.5e-3),
             Stage("words", 500, 96, 1e-3, tower=0.3),
             Stage("answers", 1100, 32, 1.5e-3, tower=0.1, warmup=200),
-            Stage("mixed", 1200, 32, 1.2e-3, tower=0.1, captions=0.55),
+            Stage("mixed", 850, 32, 1.2e-3, tower=0.1, captions=0.5),
         ),
     ),
     # For a GPU: more pictures, longer stages; the same shape of model.
