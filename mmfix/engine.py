@@ -148,7 +148,7 @@ def _install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSt
             lambda module, args, kwargs: session.begin(args, kwargs), with_kwargs=True
         )
     )
-    hook(family.model.register_forward_hook(lambda module, args, output: session.finish(), always_call=True))
+    hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
     for n, layer in enumerate(family.layers):
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session, n), with_kwargs=True))

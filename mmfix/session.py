@@ -110,8 +110,8 @@ class Session:
 
     def _check_step(self, cache: Any, past: int, q_len: int, kept: int) -> None:
         """Refuse a step whose prompt is not the one at hand."""
-        known = self._cache() if self._cache is not None else None
-        if self.spans is None or past > self.length or cache is not known:
+        other = self._cache is not None and self._cache() is not cache
+        if self.spans is None or past > self.length or other:
             raise MmfixError(
                 f"the cache holds {past} tokens of a prompt that is not the one mitigate() saw last, so its image "
                 "tokens are unknown; enter mitigate() before the prompt is processed, and finish one prompt at a time"
@@ -297,10 +297,13 @@ class Session:
             state.fired[owner] += counted
         return output
 
-    def finish(self) -> None:
-        """After a forward pass of the model."""
+    def finish(self, output: Any) -> None:
+        """After a forward pass of the model, also one that raised (without an output)."""
         self.forward.active = False
         self.passes += 1
+        cache = getattr(output, "past_key_values", None)
+        if self.forward.prefill and cache is not None:  # called without one, the model makes its own
+            self._cache = weakref.ref(cache)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
