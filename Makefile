@@ -40,12 +40,19 @@ demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print th
 	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
 	  --split test --limit $(DEMO_IMAGES) --out $(DEMO_OUT)
 
-record: $(STAMP) ## measure the committed results anew (evals/records)
-	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
-	  --split test --limit 400 --out runs/record
-	mkdir -p evals/records/tinyworld && cp runs/record/results.json evals/records/tinyworld/results.json
+EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair
+
+record: $(STAMP) ## measure the committed records anew (evals/records)
+	$(EVAL) --methods greedy,var,vhr --split test --limit 400 --out runs/record/tinyworld
+	$(EVAL) --methods greedy --split val --limit 400 --out runs/record/tinyworld-val
+	$(EVAL) --methods greedy --split dev --limit 400 --out runs/record/tinyworld-dev
+	$(EVAL) --methods greedy --split test --world-seed 1 --limit 400 --out runs/record/tinyworld-fresh-1
+	$(EVAL) --methods greedy --split test --world-seed 2 --limit 400 --out runs/record/tinyworld-fresh-2
+	for run in runs/record/*; do \
+	  mkdir -p evals/records/$$(basename $$run) && cp $$run/results.json evals/records/$$(basename $$run)/; done
 
 readme: $(STAMP) ## regenerate the README's tables, example and pictures from the committed records
+	$(BIN)/python -m mmfix_evals.tinyworld.card
 	$(BIN)/python -m mmfix_evals.readme --example
 
 clean: ## remove .venv and caches
