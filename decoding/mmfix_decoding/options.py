@@ -24,7 +24,6 @@ _RESERVED = {
     "streamer": "use stream()",
     "custom_generate": "call decoder.model.generate yourself",
 }
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,6 @@ def plan(
     if "do_sample" not in kwargs and "generation_config" not in kwargs:
         kwargs["do_sample"] = False
     sampling = bool(kwargs.get("do_sample", config.do_sample))
-    if not sampling and "generation_config" not in kwargs:
-        # A checkpoint's own sampling defaults would only cause a warning on every greedy call.
-        for name in _SAMPLING_ONLY:
-            if name not in kwargs and getattr(config, name, None) is not None:
-                kwargs[name] = None
     pad_id = _fill(kwargs, "pad_token_id", config, pad_token(processor))
     stop = _fill(kwargs, "eos_token_id", config, processor.tokenizer.eos_token_id)
     stop_ids = frozenset() if stop is None else frozenset(stop if isinstance(stop, (list, tuple)) else [stop])

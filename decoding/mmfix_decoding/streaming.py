@@ -60,9 +60,8 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
         self._ended = self._ended or token in self._stop_ids
         if not self._ended:
             self._token(token, scores[-1])
-        scores[-1].data = scores[-1].new_empty(
-            0
-        )  # generate() keeps the scores of every step; a vocabulary per token would add up
+        # generate() keeps the scores of every step; a vocabulary of floats per token would add up.
+        scores[-1].data = scores[-1].new_empty(0)
         return torch.full((input_ids.shape[0],), self._cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
 
     def _token(self, token: int, scores: Tensor) -> None:

@@ -39,7 +39,7 @@ def vocabulary() -> list[str]:
     rng = stream("vocabulary")
     texts = [CAPTION_PROMPT, "USER: ASSISTANT: Yes No Yes. No.", " ".join(SCENES), " ".join(CATEGORIES), _PROMPT_WORDS]
     texts += [question(name) for name in CATEGORIES]
-    texts += [caption(scene("train", n), rng, noisy=True) for n in range(400)]
+    texts += [caption(scene("train", n), rng, noisy=True, varied=True) for n in range(400)]
     words: list[str] = list(SPECIAL)
     for text in texts:
         for word in split_words(text):

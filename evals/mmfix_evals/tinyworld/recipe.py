@@ -15,13 +15,14 @@ class Stage:
 
     Args:
         name: ``patches`` (tower against patch contents), ``words`` (projector against word embeddings), ``answers``
-            (yes/no turns) or ``mixed`` (captions and yes/no turns).
+            (yes/no turns) or ``mixed`` (captions and yes/no turns) or ``polish`` (the same, in plainer captions).
         steps: optimiser steps.
         batch: pictures per step.
         rate: peak learning rate (cosine to zero).
         tower: factor on the rate for the vision tower.
         captions: share of sequences that begin with a caption.
         warmup: steps of linear warm-up.
+        varied: captions with several ways to begin a further sentence.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stage:
     tower: float = 1.0
     captions: float = 0.0
     warmup: int = 100
+    varied: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ RECIPES = {
             Stage("patches", 900, 96, 1.5e-3),
             Stage("words", 500, 96, 1e-3, tower=0.3),
             Stage("answers", 1100, 32, 1.5e-3, tower=0.1, warmup=200),
-            Stage("mixed", 850, 32, 1.2e-3, tower=0.1, captions=0.5),
+            Stage("mixed", 850, 32, 1.2e-3, tower=0.1, captions=0.5, varied=True),
+            Stage("polish", 540, 32, 9e-4, tower=0.1, captions=0.6, warmup=40),
         ),
     ),
     # For a GPU: more pictures, longer stages; the same shape of model.
@@ -77,6 +80,7 @@ RECIPES = {
             Stage("words", 3000, 256, 1e-3, tower=0.2),
             Stage("answers", 20_000, 128, 1.5e-3, tower=0.1, warmup=500),
             Stage("mixed", 30_000, 128, 1.2e-3, tower=0.1, captions=0.55),
+            Stage("polish", 10_000, 128, 8e-4, tower=0.1, captions=0.6),
         ),
         pictures=200_000,
     ),
@@ -87,7 +91,8 @@ RECIPES = {
             Stage("patches", 3, 8, 1e-3, warmup=1),
             Stage("words", 3, 8, 1e-3, tower=0.2, warmup=1),
             Stage("answers", 3, 4, 1e-3, tower=0.1, warmup=1),
-            Stage("mixed", 3, 4, 1e-3, tower=0.1, captions=0.5, warmup=1),
+            Stage("mixed", 2, 4, 1e-3, tower=0.1, captions=0.5, warmup=1, varied=True),
+            Stage("polish", 2, 4, 1e-3, tower=0.1, captions=0.5, warmup=1),
         ),
         pictures=24,
         vision_width=32,

@@ -5,6 +5,7 @@
    word embeddings, so that image tokens start in word space.
 3. ``answers``: the language model on many yes/no turns behind one picture.
 4. ``mixed``: batches of captions and batches of yes/no turns.
+5. ``polish``: the same, with one way to begin a further sentence.
 """
 
 from __future__ import annotations
@@ -84,13 +85,15 @@ class Lessons:
     def encode(self, text: str) -> list[int]:
         return [self.ids[word] for word in split_words(text)]
 
-    def turns(self, items: list[Scene], rng: random.Random, captions: bool) -> tuple[Tensor, Tensor, Layout]:
+    def turns(
+        self, items: list[Scene], rng: random.Random, captions: bool, varied: bool = False
+    ) -> tuple[Tensor, Tensor, Layout]:
         """Ids and labels [B, prefix + turns * length] of independent turns behind one picture each.
 
         A turn sees the picture and itself, as it does in use; only its answer is learnt.
         """
         prefix = [self.ids["<s>"], *self.encode("USER:"), *[self.ids[IMAGE]] * self.recipe.image_tokens]
-        rows = [[self.turn(*pair) for pair in self.pairs(item, rng, captions)] for item in items]
+        rows = [[self.turn(*pair) for pair in self.pairs(item, rng, captions, varied)] for item in items]
         length = max(len(ids) for row in rows for ids, _ in row)
         layout = Layout(len(prefix), len(rows[0]), length)
         ids = torch.zeros(len(rows), layout.total, dtype=torch.long)
@@ -103,10 +106,10 @@ class Lessons:
                 labels[n, start : start + len(turn)] = torch.tensor(learnt)
         return ids.to(self.device), labels.to(self.device), layout
 
-    def pairs(self, item: Scene, rng: random.Random, captions: bool) -> list[tuple[str, str]]:
+    def pairs(self, item: Scene, rng: random.Random, captions: bool, varied: bool) -> list[tuple[str, str]]:
         """Questions and noisy answers about one scene."""
         if captions:
-            return [(CAPTION_PROMPT, caption(item, rng, noisy=True)) for _ in range(CAPTIONS)]
+            return [(CAPTION_PROMPT, caption(item, rng, noisy=True, varied=varied)) for _ in range(CAPTIONS)]
         return [(question(name), answer(item, name, rng)) for name in ask_about(item, ANSWERS, rng)]
 
     def turn(self, asked: str, told: str) -> tuple[list[int], list[int]]:
@@ -123,7 +126,7 @@ def loss_of(trainee: Trainee, lessons: Lessons, stage: Stage, step: int) -> tupl
         return _patch_loss(trainee.patch_head(trainee.patch_features(pixels)), lessons.labels(items))
     if stage.name == "words":
         return _word_loss(trainee, lessons, pixels, lessons.labels(items))
-    ids, labels, layout = lessons.turns(items, rng, rng.random() < stage.captions)
+    ids, labels, layout = lessons.turns(items, rng, rng.random() < stage.captions, stage.varied)
     with layout.attention(trainee.model):
         positions = layout.positions(ids.device)
         logits = trainee.model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits

@@ -78,7 +78,7 @@ def train(
                 checkpoint.save(saves, trainee, optimiser, {"stage": number, "step": step})
                 saved = now
         checkpoint.save(saves, trainee, None, {"stage": number + 1, "step": 0})
-        if stage.name in ("answers", "mixed"):
+        if stage.name not in ("patches", "words"):
             export(trainee.model, words, recipe, out)
     if first_stage == len(recipe.stages) and state:
         checkpoint.load(saves, state, trainee, None)
