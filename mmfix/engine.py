@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from mmfix import report as reports
 from mmfix.calibration import calibrated
 from mmfix.errors import ConflictError, MethodError, UnsupportedModel, UsageError
+from mmfix.expand import Expander
 from mmfix.families import Family, describe
 from mmfix.hooks import ATTRIBUTE, NAME, register_attention
 from mmfix.method import Method
 from mmfix.restore import Snapshot
 from mmfix.session import Session
+from mmfix.vision import TowerState, Vision
 from mmfix_kernels import forced_backend
 
 MethodLike = str | Method
@@ -97,6 +99,7 @@ def mitigate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     session = Session(family, methods, backend, telemetry)
+    _branch(session, family, methods, backend)
     snapshot = Snapshot(model)
     try:
         with ExitStack() as stack:
@@ -124,6 +127,28 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
     return built
 
 
+def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
+    """Give the session its branches and mix; at most one method may have them."""
+    mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
+    if len(mixing) > 1:
+        names = " and ".join(repr(m.info.name) for _, m in mixing)
+        raise ConflictError(f"methods {names} both combine logits; use one of them")
+    for owner, one in mixing:
+        branches, mix = tuple(one.branches(family)), one.mix()
+        assert mix is not None
+        if len(mix.weights) != 1 + len(branches):
+            raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
+        vision = Vision(family, branches, backend)
+        if vision.needed and not family.tower_attentions:
+            raise UnsupportedModel(
+                f"{type(family.model).__name__}: the vision tower's attention modules cannot be found or replaced, and "
+                f"{one.info.name} changes them; use a method that leaves the vision tower alone"
+            )
+        session.vision, session.mix, session.mix_owner = vision, mix, owner
+        if branches:
+            session.expander = Expander(family, branches, vision)
+
+
 def _install(family: Family, session: Session, snapshot: Snapshot, stack: ExitStack) -> None:
     """Change the model; every change is undone by `stack`, also when a later one fails."""
     register_attention()
@@ -143,16 +168,37 @@ def _install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSt
         snapshot.hook_ids.add(handle.id)
         stack.callback(handle.remove)
 
+    if session.expander is not None:
+        stack.callback(session.expander.restore)
+    if session.vision is not None and session.vision.needed:
+        _install_vision(family, session.vision, stack)
     hook(
         family.model.register_forward_pre_hook(
             lambda module, args, kwargs: session.begin(args, kwargs), with_kwargs=True
         )
     )
     hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
+    if family.model.base_model is not family.model:
+        hook(family.model.base_model.register_forward_pre_hook(lambda module, args: session.check_inside()))
     for n, layer in enumerate(family.layers):
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session, n), with_kwargs=True))
             hook(layer.register_forward_hook(_leaving(session, n)))
+
+
+def _install_vision(family: Family, vision: Vision, stack: ExitStack) -> None:
+    """Replace the tower's attention and catch pixels where they are encoded."""
+    family.tower.set_attn_implementation(NAME)
+    for number, module in enumerate(family.tower_attentions):
+        if getattr(module.config, "_attn_implementation", None) != NAME:
+            raise UnsupportedModel(
+                f"{type(family.model).__name__}: {type(module).__name__} of the vision tower keeps its own attention"
+            )
+        stack.callback(module.__dict__.pop, ATTRIBUTE, None)
+        module.__dict__[ATTRIBUTE] = TowerState(number, vision)
+    base = family.model.base_model
+    stack.callback(base.__dict__.pop, "get_image_features", None)
+    base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
 
 
 def _entering(session: Session, layer: int) -> Any:

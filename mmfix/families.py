@@ -26,6 +26,8 @@ class Family:
         image_token_id: id of the placeholder that marks image tokens in ``input_ids``.
         num_heads: query heads per layer.
         hidden_size: width of the residual stream.
+        tower: the vision tower, or None when it cannot be found.
+        tower_attentions: the attention module of each tower layer; empty when the tower computes attention itself.
     """
 
     model: Any
@@ -35,6 +37,8 @@ class Family:
     image_token_id: int
     num_heads: int
     hidden_size: int
+    tower: Any = None
+    tower_attentions: tuple[nn.Module, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -92,7 +96,30 @@ def describe(model: Any) -> Family:
             f"{name}: {type(decoder).__name__} computes attention outside transformers' AttentionInterface; "
             "update transformers, or use a model whose attention can be replaced"
         )
-    return Family(model, decoder, tuple(layers), attentions, int(image_token_id), int(heads), int(hidden))
+    tower = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
+    tower = None if tower is model or tower is decoder else tower
+    return Family(
+        model,
+        decoder,
+        tuple(layers),
+        attentions,
+        int(image_token_id),
+        int(heads),
+        int(hidden),
+        tower,
+        _tower_attentions(tower),
+    )
+
+
+def _tower_attentions(tower: Any) -> tuple[nn.Module, ...]:
+    """Attention modules of a vision tower, in the order in which they run."""
+    if tower is None or not getattr(tower, "_can_set_attn_implementation", lambda: False)():
+        return ()
+    return tuple(
+        module
+        for module in tower.modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "config") and any(module.children())
+    )
 
 
 def _attention(layer: nn.Module, model_name: str) -> nn.Module:

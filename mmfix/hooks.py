@@ -17,6 +17,7 @@ from mmfix_kernels import AttentionCall, Edit, grouped_attention
 
 if TYPE_CHECKING:
     from mmfix.session import Session
+    from mmfix.vision import TowerState
 
 NAME = "mmfix"
 ATTRIBUTE = "_mmfix"
@@ -46,7 +47,7 @@ class LayerState:
         self.session = session
         self.labels: Tensor | None = None  # Int8[B, capacity]; this layer's own once sinks were found
         self.edits: list[Edit] = []
-        self.edit_owners: list[int] = []  # position of the method that gave each edit
+        self.edit_owners: list[int | None] = []  # position of the method that gave each edit
         self.fired: Tensor | None = None  # Int64[methods, 2]
         self.calls = 0
         self.backend = ""
@@ -57,7 +58,8 @@ class LayerState:
         if self.fired is None:
             self.fired = torch.zeros(len(self.session.methods), 2, dtype=torch.int64, device=fired.device)
         for n, owner in enumerate(self.edit_owners):
-            self.fired[owner] += fired[n]
+            if owner is not None:
+                self.fired[owner] += fired[n]
 
 
 def attention(
@@ -104,8 +106,10 @@ def attention(
         "scale": scaling,
         "softcap": softcap,
     }
-    state: LayerState | None = getattr(module, ATTRIBUTE, None)
+    state: LayerState | TowerState | None = getattr(module, ATTRIBUTE, None)
     if state is None:
         attended = grouped_attention(AttentionCall(**call))
         return attended.output.transpose(1, 2).contiguous(), None
-    return state.session.attend(state, call)
+    if isinstance(state, LayerState):
+        return state.session.attend(state, call)
+    return state.vision.attend(state, call)

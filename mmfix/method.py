@@ -16,6 +16,7 @@ from mmfix.errors import MethodError
 from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
+    from mmfix.branches import Branch, Mix
     from mmfix.families import Family
     from mmfix.spans import TokenSpans
 
@@ -110,6 +111,14 @@ class Method:
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
         return True
+
+    def branches(self, family: Family) -> Sequence[Branch]:
+        """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
+        return ()
+
+    def mix(self) -> Mix | None:
+        """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""
+        return None
 
     def check(self, name: str, low: float, high: float) -> None:
         """Raise ``MethodError`` unless ``low <= self.name <= high``."""

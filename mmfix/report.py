@@ -62,8 +62,8 @@ class Report:
         layers: one :class:`LayerReport` per layer.
         masses: mean attention mass of the newest token by group, or None without telemetry.
         prompts: prompts processed.
-        passes_per_token: forward passes of the full prompt or token per model call (a short text-only prefill is
-            listed under `extra_prefills` and not counted here).
+        passes_per_token: rows per prompt row, all in one batch (a short text-only prefill is listed under
+            `extra_prefills` and not counted here).
         extra_prefills: text-only prefills run.
         notes: what the user should know, such as a method that never fired.
     """
@@ -106,6 +106,10 @@ def build(session: Session) -> Report:
             table[n][0] += fired
             table[n][1] += considered
             by_layer[n].append(Fired(fired, considered))
+    if session.mixed is not None:
+        changed, seen = session.mixed.tolist()
+        table[session.mix_owner][0] += changed
+        table[session.mix_owner][1] += seen
     fired = {name: Fired(*row) for name, row in zip(names, table, strict=True)}
     notes = list(session.notes)
     if session.prompts:
@@ -118,7 +122,7 @@ def build(session: Session) -> Report:
         layers=[LayerReport(s.layer, s.backend, s.reason, s.calls) for s in session.layers],
         masses=None if masses is None else {name: float(value.mean()) for name, value in masses.items()},
         prompts=session.prompts,
-        passes_per_token=1.0,
+        passes_per_token=float(session.expander.rows.count if session.expander is not None else 1),
         extra_prefills=session.extra_passes,
         notes=notes,
     )

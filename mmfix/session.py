@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from mmfix import spans as token_spans
+from mmfix.branches import Mix
+from mmfix.branches import Rows as BranchRows
 from mmfix.errors import MmfixError, MmfixWarning
+from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.hooks import LayerState
 from mmfix.method import Method, Site
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
+from mmfix.vision import Vision
 from mmfix_kernels import AttentionCall, HeadScale, KeyGroups, Label, Rows, grouped_attention
 
 _ROOM = 256  # labels kept ready beyond the prompt, so that a decode step writes nothing
@@ -28,7 +32,8 @@ class _Forward:
 
     active: bool = False
     prefill: bool = False
-    total: int = 0  # keys after this pass
+    past: int = 0  # keys before this pass
+    total: int = 0  # keys after it
     rows: dict[Rows, Tensor | None] = field(default_factory=dict)
     first: dict[Rows, int] = field(default_factory=dict)
 
@@ -42,6 +47,12 @@ class Session:
         self.backend = backend
         self.telemetry = telemetry
         self.image_mask: Tensor | None = None
+        self.vision: Vision | None = None
+        self.expander: Expander | None = None
+        self.expanding = False  # whether the prompt at hand runs with branches
+        self.mix: Mix | None = None
+        self.mix_owner = 0
+        self.mixed: Tensor | None = None  # Int64[2]: positions whose logits the mix changed, and positions seen
         self.layers = [LayerState(n, self) for n in range(family.num_layers)]
         self.spans: TokenSpans | None = None
         self.length = 0  # keys seen so far
@@ -72,34 +83,50 @@ class Session:
 
     # -- once per forward pass ----------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the inputs of a forward pass of the model: spans at prefill, row masks always."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Read the inputs of a forward pass of the model: spans at prefill, row masks always.
+
+        Returns the inputs expanded to one row per branch, or None when there are no branches.
+        """
         if self.family.model.training:
             raise MmfixError(
                 "mitigate() changes attention at inference only and this model is in training mode; call model.eval()"
             )
         ids, embeds = _token_inputs(args, kwargs)
-        batch, q_len = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
         cache = kwargs.get("past_key_values")
         past = _past_length(cache)
         keep = kwargs.get("logits_to_keep", 0)
         kept = keep if isinstance(keep, int) else 0
-        self.mass_sum, self.mass_layers = None, 0
+        q_len = (ids if ids is not None else embeds).shape[1]  # type: ignore[union-attr]
         again = past == 0 and cache is None and self._is_next_step(ids, kwargs)
-        self.forward = _Forward(active=True, prefill=past == 0 and not again, total=past + q_len)
+        if past:
+            self._check_step(cache, past, q_len, kept)
+        self._last_ids, self._last_picture = ids, _picture(kwargs)
+        self.mass_sum, self.mass_layers = None, 0
+        if not past and not again:
+            self.expanding = self.expander is not None and self._has_image(ids)
+        expanded = None
+        if self.expander is not None and self.expanding:
+            expanded = self.expander.expand(ids, args, kwargs, self.image_mask)
+            ids, kwargs = expanded["input_ids"], expanded
+        batch = (ids if ids is not None else embeds).shape[0]  # type: ignore[union-attr]
+        self.forward = _Forward(active=True, prefill=not past and not again, past=past, total=past + q_len)
         if self.forward.prefill:
             # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
             guessed = max(0, kept - 1) if cache is not None else 0
             self._prompt(ids, embeds, kwargs.get("attention_mask"), q_len - guessed)
             self._cache = None if cache is None else weakref.ref(cache)
-        elif again:
-            self._continue(batch, q_len)
         else:
-            self._check_step(cache, past, q_len, kept)
             self._continue(batch, past + q_len)
-        self._last_ids, self._last_picture = ids, _picture(kwargs)
         self.length = self.forward.total
         self._rows(batch, past, q_len)
+        return None if expanded is None else ((), expanded)
+
+    def _has_image(self, ids: Tensor | None) -> bool:
+        """Whether a prompt holds an image; without one there is nothing to contrast."""
+        if self.image_mask is not None:
+            return bool(self.image_mask.any())
+        return ids is not None and bool((ids == self.family.image_token_id).any())
 
     def _is_next_step(self, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether a pass without a cache is the last one with one token more, as when generating without a cache."""
@@ -128,7 +155,9 @@ class Session:
         like = ids if ids is not None else embeds
         assert like is not None
         shape = like.shape[:2]
-        if self.image_mask is not None:
+        if self.expander is not None and self.expanding:
+            image = self.expander.image[:, :length]
+        elif self.image_mask is not None:
             image = _rows_for(self.image_mask.to(like.device), shape[0])
             if image.shape != shape:
                 raise MmfixError(
@@ -142,7 +171,7 @@ class Session:
                 "inputs_embeds came without input_ids, so image tokens cannot be found; "
                 "set the mitigation's image_mask to Bool[batch, tokens] first"
             )
-        self.spans = token_spans.build(image.bool(), _valid(attention_mask, like))
+        self.spans = token_spans.build(image.bool(), token_spans.padding_mask(attention_mask, like))
         self.prompts += shape[0]
         if self.methods and not bool(self.spans.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
@@ -156,6 +185,11 @@ class Session:
                 for edit in one.edits(site):
                     state.edits.append(edit)
                     state.edit_owners.append(owner)
+        if self.expander is not None and self.expanding:
+            for state in self.layers:
+                for edit in self.expander.map_edits(state.layer):
+                    state.edits.append(edit)
+                    state.edit_owners.append(None)  # what a contrast does is counted where the logits are mixed
         self.text_only = None
         if self._head_layers and bool(self.spans.image.any()):
             scale = all(m.scales_text_only for m in self.methods)
@@ -209,6 +243,14 @@ class Session:
             self.forward.first[kind] = int(anywhere.int().argmax()) if bool(anywhere.any()) else q_len
             self.forward.rows[kind] = mask
 
+    def check_inside(self) -> None:
+        """Refuse a call of a part of the model: its prompt would be unknown."""
+        if not self.forward.active:
+            raise MmfixError(
+                f"attention ran outside a call of {type(self.family.model).__name__}, so the prompt is unknown; "
+                "inside mitigate() call the model itself or its generate(), not one of its parts"
+            )
+
     @property
     def aside(self) -> bool:
         """Whether the text-only branch is running."""
@@ -244,11 +286,7 @@ class Session:
         if self.aside:
             assert self.text_only is not None
             return self.text_only.attend(inputs, self.backend)
-        if not self.forward.active:
-            raise MmfixError(
-                f"attention ran outside a call of {type(self.family.model).__name__}, so the prompt is unknown; "
-                "inside mitigate() call the model itself or its generate(), not one of its parts"
-            )
+        self.check_inside()
         state.calls += 1
         groups = self._groups(state, inputs["key"].shape[2]) if state.edits or self.telemetry else None
         call = AttentionCall(**inputs, groups=groups, edits=state.edits, masses="last" if self.telemetry else "none")
@@ -261,6 +299,8 @@ class Session:
             output = self._scale_heads(state, output)
         if attended.masses is not None:
             mean = attended.masses[:, :, -1].mean(1)
+            if self.expander is not None and self.expanding:
+                mean = mean[:: self.expander.rows.count]  # of the factual rows
             self.mass_sum = mean if self.mass_sum is None else self.mass_sum + mean
             self.mass_layers += 1
         return output.transpose(1, 2).contiguous(), None
@@ -272,7 +312,12 @@ class Session:
         offset = max(0, self.forward.total - s_len)  # sliding-window layers keep the tail of the keys
         if labels.shape[1] < offset + s_len:  # a static cache is longer than the prompt
             labels = state.labels = _padded(labels, offset + s_len + _ROOM)
-        return KeyGroups(labels=labels[:, offset : offset + s_len], rows=self.forward.rows, first=self.forward.first)
+        return KeyGroups(
+            labels=labels[:, offset : offset + s_len],
+            rows=self.forward.rows,
+            first=self.forward.first,
+            offset=self.forward.past - offset,
+        )
 
     def _scale_heads(self, state: LayerState, output: Tensor) -> Tensor:
         """Ask the methods for head factors at this layer, freeze them for the generation, and apply them."""
@@ -297,13 +342,23 @@ class Session:
             state.fired[owner] += counted
         return output
 
-    def finish(self, output: Any) -> None:
-        """After a forward pass of the model, also one that raised (without an output)."""
+    def finish(self, output: Any) -> Any:
+        """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.
+
+        None leaves the output as it is.
+        """
         self.forward.active = False
         self.passes += 1
         cache = getattr(output, "past_key_values", None)
         if self.forward.prefill and cache is not None:  # called without one, the model makes its own
             self._cache = weakref.ref(cache)
+        if self.mix is None or output is None or self.spans is None or not bool(self.spans.image.any()):
+            return None
+        rows = self.expander.rows if self.expander is not None and self.expanding else BranchRows(())
+        has_image = self.spans.has_image[:: rows.count]
+        output, changed = rows.fold(output, self.mix, has_image)
+        self.mixed = changed if self.mixed is None else self.mixed + changed
+        return output
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -319,20 +374,6 @@ def _token_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
     if ids is None and embeds is None:
         raise MmfixError("the model was called with neither input_ids nor inputs_embeds; give one of them")
     return ids, embeds
-
-
-def _valid(attention_mask: Any, like: Tensor) -> Tensor:
-    """Bool[B, T] of the tokens that are not padding, from whatever mask the model was given."""
-    batch, length = like.shape[:2]
-    if isinstance(attention_mask, dict):  # one mask per kind of layer; the full one sees every token
-        attention_mask = attention_mask.get("full_attention")
-    if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=like.device)
-    mask: Tensor = attention_mask
-    if mask.ndim == 2:
-        return mask[:, :length].to(like.device).bool()
-    last = mask[:, 0, -1, :length].expand(batch, -1).to(like.device)  # what the last row may see
-    return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min
 
 
 def _picture(kwargs: dict[str, Any]) -> Any:

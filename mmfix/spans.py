@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +74,17 @@ def relabel_sinks(labels: Tensor, sinks: Tensor) -> Tensor:
     padding = labels == int(Label.PADDING)
     sunk = torch.where(image, int(Label.IMAGE_SINK), int(Label.TEXT_SINK)).to(labels.dtype)
     return torch.where(sinks & ~padding, sunk, labels)
+
+
+def padding_mask(attention_mask: Any, like: Tensor) -> Tensor:
+    """Bool[B, T] of the tokens that are not padding, from whatever mask the model was given."""
+    batch, length = like.shape[:2]
+    if isinstance(attention_mask, dict):  # one mask per kind of layer; the full one sees every token
+        attention_mask = attention_mask.get("full_attention")
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=like.device)
+    mask: Tensor = attention_mask
+    if mask.ndim == 2:
+        return mask[:, :length].to(like.device).bool()
+    last = mask[:, 0, -1, :length].expand(batch, -1).to(like.device)  # what the last row may see
+    return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min

@@ -2,7 +2,18 @@
 
 from mmfix_kernels.attention import backends, forced_backend, grouped_attention
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import Edit, Group, HeadScale, KeyGroups, Label, MassGate, MassMove, Rows, ScoreEdit
+from mmfix_kernels.edits import (
+    Edit,
+    Group,
+    HeadScale,
+    KeyGroups,
+    Label,
+    MapReplacement,
+    MassGate,
+    MassMove,
+    Rows,
+    ScoreEdit,
+)
 
 __all__ = [
     "Attended",
@@ -12,6 +23,7 @@ __all__ = [
     "HeadScale",
     "KeyGroups",
     "Label",
+    "MapReplacement",
     "MassGate",
     "MassMove",
     "Rows",

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfix_kernels.edits import Edit, HeadScale, KeyGroups, MassMove, ScoreEdit
+from mmfix_kernels.edits import Edit, HeadScale, KeyGroups, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels.maps import places
 
 MassRows = Literal["none", "last", "all"]
 
@@ -26,7 +27,7 @@ class AttentionCall:
         scale: factor on ``q·k``; default ``D**-0.5``.
         softcap: ``s <- softcap*tanh(s/softcap)`` before mask and edits.
         groups: labels and rows; needed as soon as there are edits or masses.
-        edits: score edits act before the softmax, then mass moves in order, then head scales.
+        edits: score edits act before the softmax, then mass moves and map replacements in order, then head scales.
         masses: rows whose group masses are returned.
     """
 
@@ -67,8 +68,16 @@ class AttentionCall:
         return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, ScoreEdit)]
 
     @property
-    def mass_moves(self) -> list[tuple[int, MassMove]]:
-        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, MassMove)]
+    def weight_edits(self) -> list[tuple[int, MassMove | MapReplacement]]:
+        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, (MassMove, MapReplacement))]
+
+    def row_places(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Int64[B, rows]: place of query rows start:stop among the keys that are not padding."""
+        assert self.groups is not None
+        q_len, s_len = self.query.shape[2], self.key.shape[2]
+        offset = s_len - q_len if self.groups.offset is None else self.groups.offset
+        stop = q_len if stop is None else stop
+        return places(self.groups.labels)[:, offset + start : offset + stop]
 
     @property
     def head_scales(self) -> list[tuple[int, HeadScale]]:

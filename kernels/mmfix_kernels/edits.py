@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum, IntFlag
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -139,7 +140,45 @@ class HeadScale:
     scale: Tensor
 
 
-Edit = ScoreEdit | MassMove | HeadScale
+MapKind = Literal["uniform", "random", "reversed", "shuffled"]
+MAP_KINDS: tuple[str, ...] = ("uniform", "random", "reversed", "shuffled")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MapReplacement:
+    """Replace the attention map of a row after the softmax; the values stay.
+
+    With n allowed keys in the row, K keys in all, w the row's softmax and Mx its largest entry::
+
+        uniform     1/n                        (not normalised: 1/K)
+        random      r_j / sum_allowed r        (not normalised: r_j / sum_all r), r uniform on (0, 1)
+        reversed    (Mx - w_j) / (n*Mx - 1)    (not normalised: Mx - w_j)
+        shuffled    w with its keys permuted; bidirectional attention only
+
+    r and the permutation depend on `seed`, head and the places of row and key among the tokens that are not padding,
+    never on the batch. A reversed row whose mass is zero (one key, or equal scores) keeps its own map.
+
+    Args:
+        kind: which map.
+        normalise: rows sum to one over the allowed keys; False gives the released code's maps.
+        seed: of the random map and the permutation.
+        heads: query heads, or None for all.
+        batch: Bool[B], the batch rows whose map is replaced; None means all. Branches select theirs by it.
+    """
+
+    kind: MapKind
+    normalise: bool = True
+    seed: int = 0
+    heads: tuple[int, ...] | None = None
+    batch: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads)
+        if self.kind not in MAP_KINDS:
+            raise ValueError(f"MapReplacement.kind={self.kind!r}: choose one of {', '.join(MAP_KINDS)}")
+
+
+Edit = ScoreEdit | MassMove | MapReplacement | HeadScale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,11 +189,13 @@ class KeyGroups:
         labels: Int8[B, S], one :class:`Label` per key.
         rows: for each kind of :class:`Rows`, Bool[B, L] of the touched query rows; None means all rows.
         first: for each kind, the first row index at which any batch item is touched (L when none is).
+        offset: key index of the first query row; None means the rows are the last of the keys.
     """
 
     labels: Tensor
     rows: Mapping[Rows, Tensor | None]
     first: Mapping[Rows, int]
+    offset: int | None = None
 
     def member(self, group: Group) -> Tensor:
         """Bool[B, S]: which keys belong to `group`."""

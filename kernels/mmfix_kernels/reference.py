@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
 from mmfix_kernels.edits import NUM_LABELS, Group, KeyGroups, MassGate, MassMove, Rows, ScoreEdit, head_mask
+from mmfix_kernels.maps import count_replaced, replace_rows
 
 
 def why_not(call: AttentionCall) -> str:
@@ -35,9 +36,14 @@ def attend(call: AttentionCall) -> Attended:
     scores = scores.masked_fill(~allowed, float("-inf"))
 
     weights = _softmax(scores)
-    for n, move in call.mass_moves:
+    for n, weight_edit in call.weight_edits:
         assert call.groups is not None
-        weights = _move_mass(call.groups, move, weights, allowed, fired[n])
+        if isinstance(weight_edit, MassMove):
+            weights = _move_mass(call.groups, weight_edit, weights, allowed, fired[n])
+        else:
+            before = weights
+            weights = replace_rows(weight_edit, weights, allowed, call.groups.labels, call.row_places())
+            fired[n] += count_replaced(before, weights)
 
     masses = None
     if call.groups is not None and call.masses != "none":

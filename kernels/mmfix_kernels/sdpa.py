@@ -20,12 +20,14 @@ from mmfix_kernels.edits import (
     Group,
     HeadScale,
     KeyGroups,
+    MapReplacement,
     MassGate,
     MassMove,
     ScoreEdit,
     head_mask,
     lookup,
 )
+from mmfix_kernels.maps import count_replaced, replace_rows
 
 CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -57,6 +59,8 @@ def _first_edited_row(call: AttentionCall) -> int:
     first = {"none": q_len, "last": q_len - 1, "all": 0}[call.masses]
     if call.groups is not None:
         for edit in call.edits:
+            if isinstance(edit, MapReplacement):
+                return 0
             if not isinstance(edit, HeadScale):
                 first = min(first, call.groups.first[edit.rows])
     return first
@@ -155,8 +159,11 @@ class _Chunk:
         weights = torch.softmax(scores, dim=-1)
         if self.mask is not None or call.score_edits:  # a row with no allowed key (padding) attends to nothing
             weights = weights.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
-        for n, move in call.mass_moves:
-            weights = self.move_mass(move, weights, fired[n])
+        for n, edit in call.weight_edits:
+            if isinstance(edit, MassMove):
+                weights = self.move_mass(edit, weights, fired[n])
+            else:
+                weights = self.replace_map(edit, weights, fired[n])
         return _group_matmul(weights.to(call.value.dtype), call.value), self.masses(weights)
 
     def masses(self, weights: Tensor) -> Tensor | None:
@@ -206,6 +213,17 @@ class _Chunk:
         down, up = active * -move.share, torch.where(active, gain, 0.0)
         factor = torch.matmul(torch.stack([down, up], dim=-1), columns[..., :2].transpose(-1, -2)[:, None])
         return weights * (1.0 + factor)
+
+    def replace_map(self, edit: MapReplacement, weights: Tensor, fired: Tensor) -> Tensor:
+        shape = weights.shape
+        allowed = (
+            torch.ones((), dtype=torch.bool, device=weights.device) if self.mask is None else ~self.mask.isneginf()
+        )
+        new = replace_rows(
+            edit, weights, allowed.expand(shape), self.groups.labels, self.call.row_places(self.start, self.stop)
+        )
+        fired += count_replaced(weights, new)
+        return new
 
     def gate_open(self, gate: MassGate, columns: Tensor, group_mass: Tensor, part_mass: Tensor) -> Tensor:
         limit = group_mass

@@ -1,6 +1,8 @@
 """The methods, one file each. Importing this package fills the registry."""
 
+from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
+from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.var import VAR
 from mmfix.methods.vhr import VHR
 
-__all__ = ["VAR", "VHR"]
+__all__ = ["VAR", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
