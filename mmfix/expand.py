@@ -41,10 +41,7 @@ class Expander:
         kwargs = {**kwargs, "input_ids": ids}
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if past == 0:
-            kwargs = self._prompt(ids, kwargs, image_mask)
-        else:
-            kwargs = self._step(ids, kwargs, past)
+        kwargs = self._prompt(ids, kwargs, image_mask) if past == 0 else self._step(ids, kwargs, past)
         for name in _PER_ROW:
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = self.rows.expand(kwargs[name])

@@ -20,7 +20,7 @@ LANGUAGE = ("random", "uniform", "reversed", "reversed_normalised")
 @register("causalmm", title="CausalMM", paper="arXiv:2410.04780", kind="contrast", passes=3)
 @dataclass(frozen=True, kw_only=True)
 class CausalMM(Method):
-    """Subtract what the model would say with counterfactual attention, in the vision tower, the language model, or both.
+    """Subtract what the model would say with counterfactual attention, in the tower, the language model, or both.
 
     *Mitigating Modality Prior-Induced Hallucinations … via Deciphering Attention Causality* (ICLR 2025,
     arXiv:2410.04780). With factual logits l and counterfactual ones l_v (tower's map replaced) and l_t (language
