@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import vlm
-from support.cases import NAMES, active
+from support.cases import NAMES, TOGETHER, active
 
 import mmfix
 from mmfix import Method
@@ -20,7 +20,7 @@ ROWS = [
     (vlm.tokens(11, seed=4), None),
     (vlm.tokens("image", 7, seed=5), vlm.picture(5)),
 ]
-METHODS: list[list[Method]] = [*([active(name)] for name in NAMES), [active(name) for name in NAMES]]
+METHODS: list[list[Method]] = [*([active(name)] for name in NAMES), [active(name) for name in TOGETHER]]
 by_method = pytest.mark.parametrize("methods", METHODS, ids=["+".join(m.info.name for m in row) for row in METHODS])
 quiet = pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
 

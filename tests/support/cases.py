@@ -29,8 +29,16 @@ HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "he
 CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
+    "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
 }
-NAMES = tuple(methods())
+# The plausibility cut alone is a control: it leaves attention and the kept logits as they are, so it is not held to
+# what a method must do; tests/contract/test_branches.py has its tests.
+NAMES = tuple(name for name in methods() if name != "plausibility")
+# Methods that combine logits: at most one of them at a time.
+CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
+TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
 
 
 def active(name: str) -> Method:
