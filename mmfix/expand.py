@@ -30,9 +30,9 @@ class Expander:
         self.caches: list[CacheRows] = []
 
     def expand(
-        self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], image_mask: Tensor | None
+        self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], image_mask: Tensor | None, length: int
     ) -> dict[str, Any]:
-        """Keyword arguments for B*R rows from those for B prompts."""
+        """Keyword arguments for B*R rows from those for B prompts; `length` tokens of a first pass are the prompt."""
         if len(args) > 1 or ids is None:
             raise MmfixError(
                 "methods with branches need input_ids by keyword (or first) and everything else by keyword; "
@@ -41,7 +41,7 @@ class Expander:
         kwargs = {**kwargs, "input_ids": ids}
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        kwargs = self._prompt(ids, kwargs, image_mask) if past == 0 else self._step(ids, kwargs, past)
+        kwargs = self._prompt(ids, kwargs, image_mask, length) if past == 0 else self._step(ids, kwargs, past)
         for name in _PER_ROW:
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = self.rows.expand(kwargs[name])
@@ -49,8 +49,8 @@ class Expander:
             self.caches.append(CacheRows(cache, self.rows.count))
         return kwargs
 
-    def _prompt(self, ids: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-        batch, length = ids.shape
+    def _prompt(self, ids: Tensor, kwargs: dict[str, Any], mask: Tensor | None, length: int) -> dict[str, Any]:
+        batch, total = ids.shape
         image = ids == self.family.image_token_id if mask is None else mask.to(ids.device)
         valid = padding_mask(kwargs.get("attention_mask"), ids)
         if kwargs.get("pixel_values") is not None:
@@ -61,10 +61,11 @@ class Expander:
         gone = self.rows.without_image(batch, ids.device)
         pad = getattr(self.family.decoder.config, "pad_token_id", None)
         pad = 0 if pad is None or pad < 0 or pad == self.family.image_token_id else int(pad)
-        wide_ids, self.valid = drop_image(wide_ids, wide_valid, wide_image, gone, pad)
+        wide_ids, valid = drop_image(wide_ids, wide_valid, wide_image, gone, pad)
+        self.valid = valid[:, :length]
         self.image = wide_image & ~gone[:, None]
         kwargs["input_ids"] = wide_ids
-        self._masks(kwargs, self.valid, 0, length)
+        self._masks(kwargs, valid, 0, total)
         return kwargs
 
     def _step(self, ids: Tensor, kwargs: dict[str, Any], past: int) -> dict[str, Any]:

@@ -105,15 +105,15 @@ class Session:
         self.mass_sum, self.mass_layers = None, 0
         if not past and not again:
             self.expanding = self.expander is not None and self._has_image(ids)
+        # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
+        guessed = max(0, kept - 1) if cache is not None and not past else 0
         expanded = None
         if self.expander is not None and self.expanding:
-            expanded = self.expander.expand(ids, args, kwargs, self.image_mask)
+            expanded = self.expander.expand(ids, args, kwargs, self.image_mask, q_len - guessed)
             ids, kwargs = expanded["input_ids"], expanded
         batch = (ids if ids is not None else embeds).shape[0]  # type: ignore[union-attr]
         self.forward = _Forward(active=True, prefill=not past and not again, past=past, total=past + q_len)
         if self.forward.prefill:
-            # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
-            guessed = max(0, kept - 1) if cache is not None else 0
             self._prompt(ids, embeds, kwargs.get("attention_mask"), q_len - guessed)
             self._cache = None if cache is None else weakref.ref(cache)
         else:
@@ -172,7 +172,7 @@ class Session:
                 "set the mitigation's image_mask to Bool[batch, tokens] first"
             )
         self.spans = token_spans.build(image.bool(), token_spans.padding_mask(attention_mask, like))
-        self.prompts += shape[0]
+        self.prompts += shape[0] // (self.expander.rows.count if self.expander is not None and self.expanding else 1)
         if self.methods and not bool(self.spans.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
         self._note_images()
