@@ -1,0 +1,75 @@
+"""Grouped attention in Triton: one streaming kernel for prefill and decode. Triton is imported on the first use."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from mmfix_kernels.call import Attended, AttentionCall
+from mmfix_kernels.triton.plan import Plan, make_plan, numbered
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 256
+
+
+def interpreted() -> bool:
+    """Whether the interpreter was asked for, by both variables: kernels then run on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("MMFIX_BACKEND") == "triton"
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=8)
+def _old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def unusable() -> str:
+    """Why no call at all can be served here; "" when some can."""
+    if not installed():
+        return "triton is not installed (pip install 'mmfix[triton]')"
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device"
+    return ""
+
+
+def why_not(call: AttentionCall) -> str:
+    """Why the kernels cannot serve the call; "" when they can."""
+    query, key, value = call.query, call.key, call.value
+    if reason := unusable():
+        return reason
+    if query.device.type != "cuda" and not interpreted():
+        return "no CUDA device holds the tensors"
+    if query.device.type == "cuda" and _old(query.device):
+        return "compute capability below 8.0"
+    if call.softcap is not None:
+        return "the kernel has no soft cap on scores"
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: one of float16, bfloat16, float32 for all three"
+    if max(query.shape[3], value.shape[3]) > MAX_WIDTH:
+        return f"head width {max(query.shape[3], value.shape[3])} above {MAX_WIDTH}"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "the kernel has no backward pass"
+    plan = _plan(call)
+    return "" if isinstance(plan, Plan) else plan
+
+
+def attend(call: AttentionCall) -> Attended:
+    """Serve one call."""
+    plan = _plan(call)
+    assert isinstance(plan, Plan), plan
+    from mmfix_kernels.triton.launch import attend as launch  # imports Triton
+
+    return launch(call, plan)[0]
+
+
+def _plan(call: AttentionCall) -> Plan | str:
+    scales = call.head_scales
+    return make_plan(numbered(call), call.masses != "none", scales[0][0] if scales else None)
