@@ -90,7 +90,7 @@ class Session:
         self.length = self.forward.total
         self._rows(batch, past, q_len)
 
-    def _prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Any) -> None:
         like = ids if ids is not None else embeds
         assert like is not None
         shape = like.shape[:2]
@@ -108,10 +108,7 @@ class Session:
                 "inputs_embeds came without input_ids, so image tokens cannot be found; "
                 "set the mitigation's image_mask to Bool[batch, tokens] first"
             )
-        valid = torch.ones(shape, dtype=torch.bool, device=like.device)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            valid = attention_mask[:, : shape[1]].to(like.device).bool()
-        self.spans = token_spans.build(image.bool(), valid)
+        self.spans = token_spans.build(image.bool(), _valid(attention_mask, like))
         self.prompts += shape[0]
         if self.methods and not bool(self.spans.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
@@ -289,6 +286,20 @@ def _token_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
     if ids is None and embeds is None:
         raise MmfixError("the model was called with neither input_ids nor inputs_embeds; give one of them")
     return ids, embeds
+
+
+def _valid(attention_mask: Any, like: Tensor) -> Tensor:
+    """Bool[B, T] of the tokens that are not padding, from whatever mask the model was given."""
+    batch, length = like.shape[:2]
+    if isinstance(attention_mask, dict):  # one mask per kind of layer; the full one sees every token
+        attention_mask = attention_mask.get("full_attention")
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=like.device)
+    mask: Tensor = attention_mask
+    if mask.ndim == 2:
+        return mask[:, :length].to(like.device).bool()
+    last = mask[:, 0, -1, :length].expand(batch, -1).to(like.device)  # what the last row may see
+    return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min
 
 
 def _past_length(cache: Any) -> int:

@@ -1,0 +1,1 @@
+"""Evaluation of mmfix methods: the `mmfix` command, tasks, metrics, runs, statistics and TinyWorld."""

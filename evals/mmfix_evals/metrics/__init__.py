@@ -1,0 +1,1 @@
+"""Metrics: pure functions of (questions or ground truth, responses, options). No model, no network, no torch."""
