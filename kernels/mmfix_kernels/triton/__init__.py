@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
 from mmfix_kernels.triton.plan import Plan, make_plan, numbered
@@ -57,19 +59,30 @@ def why_not(call: AttentionCall) -> str:
         return f"head width {max(query.shape[3], value.shape[3])} above {MAX_WIDTH}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "the kernel has no backward pass"
-    plan = _plan(call)
+    plan = plan_of(call)
     return "" if isinstance(plan, Plan) else plan
 
 
 def attend(call: AttentionCall) -> Attended:
     """Serve one call."""
-    plan = _plan(call)
+    plan = plan_of(call)
     assert isinstance(plan, Plan), plan
     from mmfix_kernels.triton.launch import attend as launch  # imports Triton
 
     return launch(call, plan)[0]
 
 
-def _plan(call: AttentionCall) -> Plan | str:
+def attend_with_peak(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Plain attention in float32 [B, H, L, D] and the largest weight of each row [B, H, L, 1]; edits are ignored."""
+    from mmfix_kernels.triton.launch import attend as launch
+
+    bare = replace(call, edits=(), masses="none")
+    attended, stats = launch(bare, Plan(), stats=True, dtype=torch.float32)
+    assert stats is not None
+    return attended.output, stats[..., 1:]
+
+
+def plan_of(call: AttentionCall) -> Plan | str:
+    """The kernel shape of the call, or why there is none."""
     scales = call.head_scales
     return make_plan(numbered(call), call.masses != "none", scales[0][0] if scales else None)

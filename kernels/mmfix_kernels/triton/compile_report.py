@@ -52,12 +52,12 @@ class Variant:
 
 def variants(quick: bool = False) -> Iterator[Variant]:
     """The committed table, or (`quick`) the default configurations only."""
-    phases = ("prefill", "decode") if quick else ("prefill", "masked prefill", "decode")
-    for phase in phases:
-        for edits in ("plain", "mass move") if quick else EDITS:
-            yield Variant(phase, edits)
     if quick:
+        yield from (Variant("prefill"), Variant("prefill", "mass move"), Variant("decode", "mass move"))
         return
+    for phase in ("prefill", "masked prefill", "decode"):
+        for edits in EDITS:
+            yield Variant(phase, edits)
     for phase in ("prefill", "decode"):
         yield Variant(phase, "mass move", masses=True)
         for width in (32, 64, 80, 96, 256):
@@ -112,7 +112,9 @@ class Compiled:
 def gpu_target(name: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 def source_of(kernel: Any, arguments: dict[str, Any], target: Any) -> Any:

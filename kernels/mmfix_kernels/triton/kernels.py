@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
 """The two attention kernels: `attend_kernel` streams over keys, `merge_kernel` joins the parts of a split stream.
 
 A program of `attend_kernel` owns BLOCK_M query rows. With FOLD the rows of all query heads of one key head form the

@@ -70,7 +70,7 @@ class Work(NamedTuple):
 class Launch:
     """Tensors of one call, shared by its launches."""
 
-    def __init__(self, call: AttentionCall, plan: Plan, stats: bool = False) -> None:
+    def __init__(self, call: AttentionCall, plan: Plan, stats: bool, dtype: torch.dtype) -> None:
         b, h, length, _ = call.query.shape
         self.call, self.plan = call, plan
         self.device = call.query.device
@@ -78,7 +78,7 @@ class Launch:
         self.query, self.key, self.value = (unit_stride(t) for t in (call.query, call.key, call.value))
         width = call.value.shape[3]
         # [B, L, H, D] in memory: the model transposes heads and rows next, which then costs nothing
-        self.output = empty(b, length, h, width, like=call.query, dtype=call.query.dtype).transpose(1, 2)
+        self.output = empty(b, length, h, width, like=call.query, dtype=dtype).transpose(1, 2)
         self.mass_start = length - 1 if call.masses == "last" else 0
         self.masses: Tensor | None = None
         if call.masses != "none":
@@ -124,7 +124,7 @@ class Launch:
             labels = labels.contiguous()
         mask, kind, lowest = prepared_mask(call)
         strides = broadcast_strides(mask)
-        b, h, length, d = call.query.shape
+        _, _, length, d = call.query.shape
         shared = self.shared(plan)
         return shared | {
             "p_q": self.query,
@@ -191,9 +191,11 @@ class Launch:
         return [work, Work(merge_kernel, (-(-rows // MERGE_ROWS), b * h_kv, 1), merging, 4, 1)]
 
 
-def prepare(call: AttentionCall, plan: Plan, stats: bool = False) -> tuple[Launch, list[Work]]:
-    """The outputs of one call and the launches that fill them."""
-    launch = Launch(call, plan, stats)
+def prepare(
+    call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Launch, list[Work]]:
+    """The outputs of one call (by default in the query's dtype) and the launches that fill them."""
+    launch = Launch(call, plan, stats, dtype or call.query.dtype)
     length = call.query.shape[2]
     causal = call.mask is None and call.is_causal and length > 1
     first = first_edited_row(call)
@@ -207,9 +209,11 @@ def prepare(call: AttentionCall, plan: Plan, stats: bool = False) -> tuple[Launc
     return launch, work + (launch.prefill(plan, first, length) if first < length else [])
 
 
-def attend(call: AttentionCall, plan: Plan, stats: bool = False) -> tuple[Attended, Tensor | None]:
+def attend(
+    call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Attended, Tensor | None]:
     """Serve one call; with `stats` also Float32[B, H, L, 2]: LSE and largest weight of each row."""
-    launch, work = prepare(call, plan, stats)
+    launch, work = prepare(call, plan, stats, dtype)
     for one in work:
         one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages)
     output = further_scales(call, launch.output, launch.fired)

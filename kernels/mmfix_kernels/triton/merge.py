@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
 """Join the states that the chunks of a split key axis left behind; the same epilogue as an unsplit stream.
 
 ``m = max m_i``, ``sum = Σ sum_i·exp(m_i - m)``, ``acc = Σ acc_i·exp(m_i - m)`` for each key class: the triple is
@@ -54,7 +55,7 @@ def merge_kernel(
     else:
         b_sum = tl.zeros([BLOCK_M, 8], tl.float32)
 
-    for split in range(0, splits):
+    for split in range(splits):
         b_part = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (GROUP * L) + b_index  # [M]
         b_at = p_part_sum + b_part * 12
         b_to = p_part_acc + (b_part * N_CLASSES * D_V)[:, None] + b_dv[None, :]

@@ -1,4 +1,4 @@
-"""Make Triton's interpreter fast enough for tests: it patches the whole language again at every device-function call."""
+"""Make Triton's interpreter fast enough for tests: it patches the whole language at every device-function call."""
 
 from __future__ import annotations
 
