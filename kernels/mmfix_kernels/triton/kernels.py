@@ -167,7 +167,7 @@ def attend_kernel(
                 b_k = load_tile(p_k1, b_k_off, b_d[:, None] < D, b_col[None, :] < end, D == BLOCK_D, EDGE)  # [D, N]
                 b_v = load_tile(p_v1, b_v_off, b_dv[None, :] < D_V, b_col[:, None] < end, D_V == BLOCK_V, EDGE)
                 b_s = matmul(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)  # [M, N]
-                b_s = b_s * (factor * LOG2E)
+                b_s = b_s * factor  # in units of log2
                 b_bit = tl.full([BLOCK_N], 1, tl.int32)
                 if p_labels is not None:
                     b_label = tl.load(p_labels + batch.to(tl.int64) * labels_b + b_col, mask=b_col < end, other=7)

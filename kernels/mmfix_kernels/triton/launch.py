@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ class Launch:
             "start": start,
             "stop": stop,
             "chunk": -(-call.key.shape[2] // tile.keys) * tile.keys,
-            "factor": call.factor,
+            "factor": call.factor * math.log2(math.e),
             "lowest": lowest,
             "D": d,
             "BLOCK_M": tile.rows,

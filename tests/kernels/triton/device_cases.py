@@ -43,7 +43,7 @@ PAI = ScoreEdit(group=Group.IMAGE, abs_gain=0.5, rows=Rows.LAST)
 EDITS: dict[str, list[Any]] = {
     "plain": [],
     "var": [VAR],
-    "release": [replace(VAR, gate=replace(GATE, slack=3e-3))],
+    "release": [replace(VAR, gate=replace(GATE, slack=0.03))],
     "pai": [PAI],
     "all": [
         PAI,
