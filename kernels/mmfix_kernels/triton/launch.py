@@ -214,9 +214,10 @@ def attend(
     call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Attended, Tensor | None]:
     """Serve one call; with `stats` also Float32[B, H, L, 2]: LSE and largest weight of each row."""
-    launch, work = prepare(call, plan, stats, dtype)
-    for one in work:
-        one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages)
+    with torch.cuda.device_of(call.query):  # a model may lie on several devices; Triton launches on the current one
+        launch, work = prepare(call, plan, stats, dtype)
+        for one in work:
+            one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages)
     output = further_scales(call, launch.output, launch.fired)
     return Attended(output, launch.masses, launch.fired, "triton"), launch.stats
 

@@ -73,10 +73,11 @@ def random_map(call: AttentionCall, seed: int) -> Tensor:
     out = empty(b, rows, h, width, like=value, dtype=torch.float32).transpose(1, 2)
     mask, kind, lowest = prepared_mask(call)
     block = 32 if power_of_two(width) >= 128 else 64
-    random_kernel[(triton.cdiv(rows, block), b * h)](
-        value, out, mask, *value.stride()[:3], *out.stride()[:3], *broadcast_strides(mask), h, rows,
-        call.key.shape[2], seed, lowest,
-        D=width, BLOCK_M=block, BLOCK_N=32, BLOCK_D=power_of_two(width), GROUP=h // call.key.shape[1],
-        CAUSAL=mask is None and call.is_causal and rows > 1, MASK=kind, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(value):
+        random_kernel[(triton.cdiv(rows, block), b * h)](
+            value, out, mask, *value.stride()[:3], *out.stride()[:3], *broadcast_strides(mask), h, rows,
+            call.key.shape[2], seed, lowest,
+            D=width, BLOCK_M=block, BLOCK_N=32, BLOCK_D=power_of_two(width), GROUP=h // call.key.shape[1],
+            CAUSAL=mask is None and call.is_causal and rows > 1, MASK=kind, num_warps=4,
+        )  # fmt: skip
     return out

@@ -71,8 +71,9 @@ def mix(logits: Tensor, weights: tuple[float, ...], beta: float, want_logits: bo
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     out = torch.empty(b, size, dtype=torch.float32, device=logits.device) if want_logits else None
     best = torch.empty(b, dtype=torch.int64, device=logits.device)
-    mix_kernel[(b,)](
-        logits, weight_tensor(weights, logits.device), out, best, logits.stride(0), logits.stride(1), size,
-        math.log(beta) if beta > 0 else 0.0, R=rows, CUT=beta > 0, BLOCK_V=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        mix_kernel[(b,)](
+            logits, weight_tensor(weights, logits.device), out, best, logits.stride(0), logits.stride(1), size,
+            math.log(beta) if beta > 0 else 0.0, R=rows, CUT=beta > 0, BLOCK_V=BLOCK, num_warps=8,
+        )  # fmt: skip
     return out, best
