@@ -201,7 +201,9 @@ def prefill_tile(width: int, classes: int, wide_scores: bool) -> Tile:
         return Tile(64, 32, 8, 2) if classes <= 2 else Tile(32, 32, 8, 2)
     if classes == 1:
         return Tile(128, 64, 8, 3) if width >= 128 else Tile(128, 64, 4, 3)
-    return Tile(64, 64, 8, 2) if width >= 128 else Tile(64, 64, 4, 2)
+    if width >= 128:  # 64 keys at once would spill
+        return Tile(64, 32, 8, 2) if classes <= 3 else Tile(32, 32, 8, 2)
+    return Tile(64, 32, 4, 2)
 
 
 def decode_tile(rows: int, width: int, wide_scores: bool) -> Tile:
@@ -209,5 +211,5 @@ def decode_tile(rows: int, width: int, wide_scores: bool) -> Tile:
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if width >= 256:
         tall = min(tall, 32)
-    keys = 32 if width >= 256 or wide_scores else 64
+    keys = 32 if width >= 128 or wide_scores else 64
     return Tile(tall, keys, 4, 1 if wide_scores else 3)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from device_cases import check, make, padded, relabelled
 
-from mmfix_kernels import AttentionCall
+from mmfix_kernels import AttentionCall, Group, ScoreEdit
 from mmfix_kernels.triton import launch
 
 MODULES = ("blocks", "epilogue", "kernels", "merge", "launch")  # in the order of their imports
@@ -47,6 +48,24 @@ def biased() -> AttentionCall:
     return make(1, 40, 32, mask=torch.linspace(-1, 1, 40)[None, None, None], is_causal=False)
 
 
+def flattened(hidden: float) -> AttentionCall:
+    """An additive mask and an edit that sets scores to zero: a hidden key must stay hidden all the same."""
+    return replace(masked(hidden=hidden), edits=[ScoreEdit(group=Group.IMAGE, gain=0.0)])
+
+
+def short() -> AttentionCall:
+    """Few enough rows that the edited last one shares a launch with the others."""
+    return make(12, 12, 32, "pai")
+
+
+def little_image() -> AttentionCall:
+    """Few image keys, so that most rows give the image less than the gate's least mass."""
+    call = causal("var")
+    labels = torch.zeros(1, 20, dtype=torch.int8)
+    labels[:, 0], labels[:, 5], labels[:, 8], labels[:, 6] = 2, 1, 1, 3
+    return relabelled(call, labels)
+
+
 def no_image() -> AttentionCall:
     """Keys of which some rows see no image sink, so that the gate must stay closed there."""
     call = causal("var")
@@ -60,11 +79,11 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     "keys beyond the end": ("kernels", "(b_col < end)[None, :] & b_valid", "(b_col >= 0)[None, :] & b_valid", split),
     "bool mask": ("kernels", "b_allowed & (b_mask != 0)", "b_allowed", masked),
     "additive mask": (
-        "kernels", "b_allowed & (b_mask.to(tl.float32) > lowest)", "b_allowed", lambda: masked(hidden=float("-inf")),
+        "kernels", "b_allowed & (b_mask.to(tl.float32) > lowest)", "b_allowed", lambda: flattened(float("-inf")),
     ),
     "finite hidden value": (
         "kernels", "(b_mask.to(tl.float32) > lowest)", "(b_mask.to(tl.float32) >= lowest)",
-        lambda: masked("pai", hidden=torch.finfo(torch.float32).min),
+        lambda: flattened(torch.finfo(torch.float32).min),
     ),
     "finite mask values": ("kernels", "b_s += tl.where(", "b_s += 0 * tl.where(", biased),
     "batch item of the mask": ("kernels", "p_mask + batch.to(tl.int64) * mask_b", "p_mask", masked),
@@ -74,12 +93,12 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     "group of a score edit": (
         "blocks", "b_touched[:, None] & b_in[None, :]", "b_touched[:, None]", lambda: causal("pai"),
     ),
-    "rows of a score edit": ("blocks", "b_touched[:, None] & b_in[None, :]", "b_in[None, :]", lambda: causal("pai")),
+    "rows of a score edit": ("blocks", "b_touched[:, None] & b_in[None, :]", "b_in[None, :]", short),
     "classes apart": ("blocks", "tl.where(b_in[None, :], b_s, NEG_INF)", "b_s", lambda: causal("var")),
     "rescaling in the stream": ("blocks", "b_acc = b_acc * b_alpha[:, None]", "b_acc = b_acc * 1.0", long),
     "visibility": ("blocks", "b_allowed & b_in[None, :]", "b_in[None, :] & (b_allowed | True)", no_image),
     "the gate": ("epilogue", "if GATE != 0:", "if GATE > 255:", lambda: causal("var")),
-    "least mass of the gate": ("epilogue", "(b_group >= tl.load(p_params + 7 + 4 * N)) & ", "", lambda: causal("var")),
+    "least mass of the gate": ("epilogue", "(b_group >= tl.load(p_params + 7 + 4 * N)) & ", "", little_image),
     "largest share of the gate": (
         "epilogue", "b_active & (mass(b_w, PART) <=", "b_active | (mass(b_w, PART) <=", lambda: causal("var"),
     ),
