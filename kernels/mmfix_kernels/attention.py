@@ -7,21 +7,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from mmfix_kernels import reference, sdpa
+from mmfix_kernels import reference, sdpa, triton
 from mmfix_kernels.call import Attended, AttentionCall
 
 ENVIRONMENT = "MMFIX_BACKEND"
 
 
 class Backend(NamedTuple):
-    """One way to compute a call."""
+    """One way to compute a call. `unusable` says why it can serve no call at all on this machine; "" when it can."""
 
     why_not: Callable[[AttentionCall], str]
     attend: Callable[[AttentionCall], Attended]
+    unusable: Callable[[], str] = str
 
 
 # In order of choice.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.why_not, triton.attend, triton.unusable),
     "sdpa": Backend(sdpa.why_not, sdpa.attend),
     "reference": Backend(reference.why_not, reference.attend),
 }
@@ -29,7 +31,7 @@ BACKENDS: dict[str, Backend] = {
 
 def backends() -> dict[str, str]:
     """Name of each backend → "" when usable on this machine, else the reason why not."""
-    return dict.fromkeys(BACKENDS, "")
+    return {name: backend.unusable() for name, backend in BACKENDS.items()}
 
 
 def forced_backend() -> str | None:
@@ -58,5 +60,6 @@ def grouped_attention(call: AttentionCall, backend: str | None = None) -> Attend
         if not reason:
             attended = candidate.attend(call)
             return replace(attended, reason="; ".join(reasons)) if reasons else attended
-        reasons.append(f"{name}: {reason}")
+        if name != "triton":  # opt-in: that it was not asked for is no news
+            reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference serves every call")

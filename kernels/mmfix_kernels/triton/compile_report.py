@@ -1,0 +1,234 @@
+"""Compile every kernel variant without a GPU and report registers, stack and shared memory.
+
+``python -m mmfix_kernels.triton.compile_report --out kernels/benchmarks/results`` writes ``compile.md``. Run it in a
+process of its own: `TRITON_INTERPRET` must not be set. A stack above zero bytes means spilled registers (or a local
+array): the default tiles at head width 128 must have none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfix_kernels.call import AttentionCall
+from mmfix_kernels.edits import Edit, Group, HeadScale, KeyGroups, MassGate, MassMove, Rows, ScoreEdit
+
+GATE = MassGate(group=Group.IMAGE, min_mass=0.2, part=Group.IMAGE_SINK, max_share=0.5)
+VAR = MassMove(source=Group.SINK, target=Group.IMAGE_NONSINK, share=0.6, rows=Rows.AFTER_IMAGE, gate=GATE)
+PAI = ScoreEdit(group=Group.IMAGE, abs_gain=0.5, rows=Rows.LAST)
+SECOND = MassMove(source=Group.TEXT_SINK, target=Group.IMAGE_SINK, share=0.2)
+EDITS: dict[str, tuple[Edit, ...]] = {
+    "plain": (),
+    "score edit": (PAI,),
+    "mass move": (VAR,),
+    "both": (PAI, VAR),
+    "two moves": (VAR, SECOND),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel shape: what is compiled."""
+
+    phase: str  # "prefill", "masked prefill" or "decode"
+    edits: str = "plain"
+    width: int = 128
+    dtype: str = "bf16"
+    masses: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase}, {self.edits}{' + masses' if self.masses else ''}, D {self.width}, {self.dtype}"
+
+
+def variants(quick: bool = False) -> Iterator[Variant]:
+    """The committed table, or (`quick`) the default configurations only."""
+    if quick:
+        yield from (Variant("prefill"), Variant("prefill", "mass move"), Variant("decode", "mass move"))
+        return
+    for phase in ("prefill", "masked prefill", "decode"):
+        for edits in EDITS:
+            yield Variant(phase, edits)
+    for phase in ("prefill", "decode"):
+        yield Variant(phase, "mass move", masses=True)
+        for width in (32, 64, 80, 96, 256):
+            yield Variant(phase, "mass move", width)
+        yield Variant(phase, "plain", 256)
+        yield Variant(phase, "mass move", dtype="fp16")
+        yield Variant(phase, "mass move", dtype="fp32")
+
+
+def call_of(variant: Variant) -> AttentionCall:
+    """A call on the meta device that asks for the variant."""
+    length = 1 if variant.phase == "decode" else 2048
+    keys, dtype = 2048, DTYPES[variant.dtype]
+    labels = torch.zeros(1, keys, dtype=torch.int8, device="meta")
+    after = torch.zeros(1, length, dtype=torch.bool, device="meta")
+    rows = {Rows.ALL: None, Rows.AFTER_IMAGE: None, Rows.LAST: None}
+    groups = KeyGroups(
+        labels=labels,
+        rows=rows if length == 1 else {**rows, Rows.AFTER_IMAGE: after, Rows.LAST: after},
+        first=dict.fromkeys(Rows, 0),
+    )
+    mask = None
+    if variant.phase == "masked prefill":
+        mask = torch.zeros(1, 1, length, keys, dtype=torch.bool, device="meta")
+    scale = HeadScale(scale=torch.ones(32, device="meta"))
+    return AttentionCall(
+        query=torch.empty(1, 32, length, variant.width, dtype=dtype, device="meta"),
+        key=torch.empty(1, 8, keys, variant.width, dtype=dtype, device="meta"),
+        value=torch.empty(1, 8, keys, variant.width, dtype=dtype, device="meta"),
+        mask=mask,
+        is_causal=mask is None,
+        groups=groups,
+        edits=(*EDITS[variant.edits], scale),
+        masses="all" if variant.masses else "none",
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one kernel. `stack` is None where the tool that tells it is not for this target."""
+
+    variant: str
+    kernel: str
+    target: str
+    binary: int
+    registers: int | None
+    stack: int | None
+    shared: int
+    error: str = ""
+
+
+def gpu_target(name: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def source_of(kernel: Any, arguments: dict[str, Any], target: Any) -> Any:
+    """The kernel with its arguments' types, specialised as a launch would specialise it."""
+    from triton.compiler import ASTSource, make_backend
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    divisible = make_backend(target).parse_attr("D")
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+    names |= {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+    for n, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + names[value.dtype]
+            attributes[(n,)] = divisible  # allocations are aligned
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[(n,)] = value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(n,)] = divisible
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_variant(variant: Variant, target: str) -> list[Compiled]:
+    """Compile all kernels of a variant for one target."""
+    import triton
+
+    from mmfix_kernels.triton.launch import prepare
+    from mmfix_kernels.triton.plan import Plan, make_plan, numbered
+
+    call = call_of(variant)
+    plan = make_plan(numbered(call), variant.masses, len(call.edits) - 1)
+    assert isinstance(plan, Plan), plan
+    out = []
+    for work in prepare(call, plan)[1]:
+        gpu = gpu_target(target)
+        base = Compiled(variant.name, work.kernel.__name__, target, 0, None, None, 0)
+        try:
+            options = {"num_warps": work.warps, "num_stages": work.stages}
+            compiled = triton.compile(source_of(work.kernel, work.arguments, gpu), target=gpu, options=options)
+        except Exception as error:  # any failure of the compiler is a row of the table, not the end of it
+            out.append(replace(base, error=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"))
+            continue
+        binary = compiled.asm["hsaco" if gpu.backend == "hip" else "cubin"]
+        registers, stack = resources(binary) if gpu.backend == "cuda" else (None, None)
+        out.append(replace(base, binary=len(binary), registers=registers, stack=stack, shared=compiled.metadata.shared))
+    return out
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and stack bytes per thread, read from the cubin by the disassembler that Triton brings."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    fields = dict(field.split(":", 1) for line in text.splitlines() if "REG:" in line for field in line.split())
+    return int(fields["REG"]), int(fields["STACK"])
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """The report as Markdown."""
+    import triton
+
+    lines = [
+        "# Compiled kernels",
+        "",
+        f"Compiled without a GPU by Triton {triton.__version__}; generated by "
+        "`python -m mmfix_kernels.triton.compile_report`. Registers and stack are per thread (a stack means spills), "
+        "shared memory per program, in bytes. Nothing here is a time.",
+        "",
+        "| variant | kernel | target | registers | stack | shared | binary |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [row.variant, row.kernel, row.target]
+        if row.error:
+            cells += ["did not compile: " + row.error, "", "", ""]
+        else:
+            known = ["–" if value is None else str(value) for value in (row.registers, row.stack)]
+            cells += [*known, str(row.shared), str(row.binary)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, write the table, and fail when a variant of width 128 spills or a CUDA target does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for compile.md; without it the table is printed")
+    parser.add_argument("--quick", action="store_true", help="the default configurations only")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="sm_80 sm_90 sm_100 gfx942")
+    args = parser.parse_args(argv)
+    rows = [row for v in variants(args.quick) for target in args.targets for row in compile_variant(v, target)]
+    text = table(rows)
+    if args.out is None:
+        print(text)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "compile.md").write_text(text)
+    bad = [r for r in rows if (r.error and r.target != "gfx942") or (r.stack and "D 128" in r.variant)]
+    for row in bad:
+        print(f"FAILED {row.variant} {row.kernel} {row.target}: {row.error or f'{row.stack} bytes of stack'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

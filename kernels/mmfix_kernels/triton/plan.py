@@ -1,0 +1,215 @@
+"""From edits to the compile-time shape of a kernel: key classes, bins, packed label sets, tile sizes.
+
+A label set is a byte (bit n = label n). `classes` partitions the labels by what the mass moves do to their weights:
+one accumulator each. `bins` refines it by what the gates and the mass output ask for: one scalar per row each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mmfix_kernels.call import AttentionCall
+from mmfix_kernels.edits import NUM_LABELS, HeadScale, MassMove, Rows, ScoreEdit
+
+MAX_CLASSES = 4
+MAX_SCORES = 2
+MAX_MOVES = 2
+MAX_COUNTED = 16  # counter numbers are packed in four bits
+ROW_BIT = {Rows.ALL: 1, Rows.AFTER_IMAGE: 2, Rows.LAST: 3}
+SCALE_SLOT = 4
+
+Numbered = tuple[tuple[int, ScoreEdit | MassMove], ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and keys of one program, its warps, and how many blocks of keys are in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compile-time shape of one call.
+
+    Args:
+        classes: label sets, one accumulator each.
+        bins: label sets, one mass each; empty when no mass is needed.
+        scores: groups of the score edits (slots 0 and 1).
+        moves: packed source, target, gate group and gate part of the mass moves (slots 2 and 3).
+        seen: groups of which a row's program must know whether the row sees a key.
+        rows: per slot, the row kind it tests.
+        heads: per slot, the query heads, or None for all.
+        counters: per slot, the number of the edit in the call.
+        numbers: gain, abs_gain, bias per score edit, then share, min_mass, max_share, slack per mass move.
+        slack: whether a gate counts keys.
+    """
+
+    classes: tuple[int, ...] = (255,)
+    bins: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+    moves: tuple[int, ...] = ()
+    seen: tuple[int, ...] = ()
+    rows: tuple[tuple[int, Rows], ...] = ()
+    heads: tuple[tuple[int, tuple[int, ...] | None], ...] = ()
+    counters: tuple[tuple[int, int], ...] = ()
+    numbers: tuple[float, ...] = ()
+    slack: bool = False
+
+    def constants(self, row_masks: frozenset[Rows]) -> dict[str, int]:
+        """The constexpr arguments that both kernels share; `row_masks` are the row kinds that have a mask."""
+        return {
+            "N_CLASSES": len(self.classes),
+            "CLASSES": pack(self.classes),
+            "N_BINS": len(self.bins),
+            "N_SCORES": len(self.scores),
+            "N_MOVES": len(self.moves),
+            "MOVE0": self.moves[0] if self.moves else 0,
+            "MOVE1": self.moves[1] if len(self.moves) > 1 else 0,
+            "ROWS": sum(ROW_BIT[kind] << 4 * slot for slot, kind in self.rows if kind in row_masks),
+            "COUNTERS": sum(number << 4 * slot for slot, number in self.counters),
+        }
+
+    def stream_constants(self) -> dict[str, int]:
+        """Further constexpr arguments of the streaming kernel."""
+        return {
+            "BINS": pack(self.bins),
+            "SCORES": pack(self.scores),
+            "N_SEEN": len(self.seen),
+            "SEEN": pack(self.seen),
+        }
+
+
+def pack(sets: Iterable[int]) -> int:
+    """Bytes into one integer, the first in the lowest byte."""
+    return sum(labels << 8 * n for n, labels in enumerate(sets))
+
+
+def partition(groups: Iterable[int]) -> tuple[int, ...]:
+    """The coarsest partition of the labels in which every group is a union of parts."""
+    wanted = tuple(groups)
+    parts: dict[tuple[bool, ...], int] = {}
+    for label in range(NUM_LABELS):
+        signature = tuple(bool(group >> label & 1) for group in wanted)
+        parts[signature] = parts.get(signature, 0) | 1 << label
+    return tuple(parts.values())
+
+
+def numbered(call: AttentionCall) -> Numbered:
+    """The edits on keys with their number in the call."""
+    return tuple((n, e) for n, e in enumerate(call.edits) if not isinstance(e, HeadScale))
+
+
+@lru_cache(maxsize=256)
+def make_plan(edits: Numbered, all_masses: bool, scale_number: int | None) -> Plan | str:
+    """The plan of these edits, or why no kernel serves them.
+
+    Args:
+        edits: see `numbered`.
+        all_masses: whether the mass of every label is an output.
+        scale_number: number of the head scale that the epilogue applies.
+    """
+    scores = [(n, e) for n, e in edits if isinstance(e, ScoreEdit)]
+    moves = [(n, e) for n, e in edits if isinstance(e, MassMove)]
+    if len(scores) > MAX_SCORES or len(moves) > MAX_MOVES:
+        return f"more than {MAX_SCORES} score edits or {MAX_MOVES} mass moves in one call"
+    classes = partition(int(group) for _, m in moves for group in (m.source, m.target))
+    if len(classes) > MAX_CLASSES:
+        return f"{len(classes)} key classes; the kernel keeps at most {MAX_CLASSES} accumulators"
+    gates = [m.gate for _, m in moves if m.gate is not None]
+    bins: tuple[int, ...] = ()
+    if all_masses:
+        bins = tuple(1 << label for label in range(NUM_LABELS))
+    elif moves:
+        gated = [int(group) for gate in gates for group in (gate.group, gate.part)]
+        bins = partition([*classes, *gated])
+    slots = [(slot, n, e) for slot, (n, e) in enumerate(scores)] + [(2 + k, n, e) for k, (n, e) in enumerate(moves)]
+    counters = [(slot, n) for slot, n, _ in slots]
+    if scale_number is not None:
+        counters.append((SCALE_SLOT, scale_number))
+    if any(n >= MAX_COUNTED for _, n in counters):
+        return f"more than {MAX_COUNTED} edits in one call"
+    return Plan(
+        classes=classes,
+        bins=bins,
+        scores=tuple(int(e.group) for _, e in scores),
+        moves=tuple(_pack_move(m) for _, m in moves),
+        seen=tuple(int(e.group) for _, e in scores) + tuple(_part(m) for _, m in moves if gates),
+        rows=tuple((slot, e.rows) for slot, _, e in slots),
+        heads=tuple((slot, e.heads) for slot, _, e in slots),
+        counters=tuple(counters),
+        numbers=_numbers([e for _, e in scores], [m for _, m in moves]),
+        slack=any(gate.slack != 0 for gate in gates),
+    )
+
+
+def _part(move: MassMove) -> int:
+    return 0 if move.gate is None else int(move.gate.part)
+
+
+def _pack_move(move: MassMove) -> int:
+    gate = 0 if move.gate is None else int(move.gate.group)
+    return pack((int(move.source), int(move.target), gate, _part(move)))
+
+
+def _numbers(scores: list[ScoreEdit], moves: list[MassMove]) -> tuple[float, ...]:
+    out: list[float] = []
+    for edit in scores:
+        out += [edit.gain, edit.abs_gain, edit.bias]
+    out += [0.0] * (3 * (MAX_SCORES - len(scores)))
+    for move in moves:
+        gate = move.gate
+        out += [move.share, *((0.0, 1.0, 0.0) if gate is None else (gate.min_mass, gate.max_share, gate.slack))]
+    return tuple(out)
+
+
+@lru_cache(maxsize=256)
+def number_tensor(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers on the device, kept: a decode step must not copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=256)
+def head_tensor(
+    heads: tuple[tuple[int, tuple[int, ...] | None], ...], count: int, device: torch.device
+) -> Tensor | None:
+    """Int32[count]: bit `slot` says that the slot's edit acts on the head; None when every edit acts on all heads."""
+    if all(chosen is None for _, chosen in heads):
+        return None
+    bits = [0] * count
+    for slot, chosen in heads:
+        for head in range(count) if chosen is None else chosen:
+            bits[head] |= 1 << slot
+    with torch.inference_mode(False):
+        return torch.tensor(bits, dtype=torch.int32, device=device)
+
+
+def prefill_tile(width: int, classes: int, wide_scores: bool) -> Tile:
+    """Tile of the prefill kernel for a head width (power of two); `wide_scores`: float32 inputs."""
+    if wide_scores:
+        return Tile(32, 32, 4, 1) if width >= 128 else Tile(64, 32, 4, 1)
+    if width >= 256:
+        return Tile(64, 32, 8, 2) if classes <= 2 else Tile(32, 32, 8, 2)
+    if classes == 1:
+        return Tile(128, 64, 8, 3) if width >= 128 else Tile(128, 64, 4, 3)
+    if width >= 128:  # 64 keys at once would spill
+        return Tile(64, 32, 8, 2) if classes <= 3 else Tile(32, 32, 8, 2)
+    return Tile(64, 32, 4, 2)
+
+
+def decode_tile(rows: int, width: int, wide_scores: bool) -> Tile:
+    """Tile of the decode kernel for the folded row count."""
+    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if width >= 256:
+        tall = min(tall, 32)
+    keys = 32 if width >= 128 or wide_scores else 64
+    return Tile(tall, keys, 4, 1 if wide_scores else 3)

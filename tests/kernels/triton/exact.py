@@ -1,0 +1,140 @@
+"""Grouped attention as its equations, in float64, one edit after the other: what the kernels are measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmfix_kernels import AttentionCall, Group, HeadScale, MassMove, Rows, ScoreEdit
+
+
+@dataclass
+class Exact:
+    """output [B, H, L, D] and masses [B, H, L, 8] in float64; fired as the backends count it; lse [B, H, L]."""
+
+    output: Tensor
+    masses: Tensor
+    fired: list[list[int]]
+    lse: Tensor
+    weights: Tensor
+
+
+def visible(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Bool[B, H, L, S] of the keys a row may see, and the finite part of the mask."""
+    b, h, rows, _ = call.query.shape
+    keys = call.key.shape[2]
+    allowed, bias = torch.ones(b, h, rows, keys, dtype=torch.bool), torch.zeros(b, h, rows, keys).double()
+    if call.mask is None:
+        if call.is_causal and rows > 1:
+            allowed &= torch.ones(rows, keys, dtype=torch.bool).tril()
+    elif call.mask.dtype == torch.bool:
+        allowed &= call.mask
+    else:
+        allowed &= call.mask > torch.finfo(call.mask.dtype).min
+        bias = torch.where(allowed, call.mask.double(), 0.0)
+    return allowed, bias
+
+
+def of(call: AttentionCall, group: Group) -> Tensor:
+    """Bool[B, 1, 1, S]: keys of the group."""
+    assert call.groups is not None
+    labels = call.groups.labels.long()
+    return (torch.tensor(int(group)) >> labels & 1).bool()[:, None, None]
+
+
+def may_touch(call: AttentionCall, rows: Rows, heads: tuple[int, ...] | None) -> Tensor:
+    """Bool[B, H, L, 1]"""
+    assert call.groups is not None
+    b, h, length, _ = call.query.shape
+    touched = torch.ones(b, h, length, 1, dtype=torch.bool)
+    mask = call.groups.rows[rows]
+    if mask is not None:
+        touched &= mask[:, None, :, None]
+    if heads is not None:
+        touched &= torch.tensor([n in heads for n in range(h)])[None, :, None, None]
+    return touched
+
+
+def exact(call: AttentionCall) -> Exact:
+    """The definition."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key, value = (t.double().repeat_interleave(repeats, 1) for t in (call.key, call.value))
+    allowed, bias = visible(call)
+    scores = call.query.double() @ key.transpose(2, 3) * call.factor + bias
+    fired = [[0, 0] for _ in call.edits]
+    for n, edit in enumerate(call.edits):
+        if isinstance(edit, ScoreEdit):
+            touched, member = may_touch(call, edit.rows, edit.heads), of(call, edit.group)
+            changed = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
+            scores = torch.where(touched & member, changed, scores)
+            seen = (member & allowed).any(-1, keepdim=True)
+            fired[n] = [int((touched & seen).sum()), int(touched.sum())]
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
+    for n, edit in enumerate(call.edits):
+        if isinstance(edit, MassMove):
+            weights, fired[n] = moved(call, edit, weights, allowed)
+    output = weights @ value
+    for n, edit in enumerate(call.edits):
+        if isinstance(edit, HeadScale):
+            scale = edit.scale.double().expand(call.query.shape[:2])
+            output = output * scale[..., None, None]
+            length = call.query.shape[2]
+            fired[n] = [int((scale != 1).sum()) * length, scale.numel() * length]
+    masses = weights
+    if call.groups is not None:
+        masses = torch.stack([(weights * of(call, Group(1 << n))).sum(-1) for n in range(8)], -1)
+    return Exact(output, masses, fired, lse, weights)
+
+
+def moved(call: AttentionCall, move: MassMove, weights: Tensor, allowed: Tensor) -> tuple[Tensor, list[int]]:
+    source, target = of(call, move.source), of(call, move.target)
+    source_mass, target_mass = ((weights * g).sum(-1, keepdim=True) for g in (source, target))
+    touched = may_touch(call, move.rows, move.heads)
+    active = touched & (source_mass > 0) & (target_mass > 0)
+    if (gate := move.gate) is not None:
+        group, part = of(call, gate.group), of(call, gate.part)
+        group_mass, part_mass = ((weights * g).sum(-1, keepdim=True) for g in (group, part))
+        count = group.sum(-1, keepdim=True)
+        active &= (group_mass >= gate.min_mass) & (part & allowed).any(-1, keepdim=True)
+        active &= part_mass / (group_mass + gate.slack * count) <= gate.max_share
+    factor = torch.where(source, 1 - move.share, 1.0)
+    factor = torch.where(target, 1 + move.share * source_mass / target_mass.clamp(min=1e-300), factor)
+    count = int(active.sum()) if move.share > 0 else 0
+    return torch.where(active, weights * factor, weights), [count, int(touched.sum())]
+
+
+def eager(call: AttentionCall) -> Tensor:
+    """Plain attention as models write it, in the dtype of the call: the yardstick for errors."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key, value = (t.repeat_interleave(repeats, 1) for t in (call.key, call.value))
+    allowed, bias = visible(call)
+    scores = call.query @ key.transpose(2, 3) * call.factor + bias.to(call.query.dtype)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
+    return weights.to(call.query.dtype) @ value
+
+
+def allowance(call: AttentionCall, largest: float, draws: int = 5) -> float:
+    """Twice the error of eager attention in the same dtype, relative to the largest value.
+
+    The error of a few rows is chance, so it is the largest over the call's own tensors and some fresh ones of the same
+    shape; and never less than the rounding of the largest value.
+    """
+    worst = torch.finfo(call.query.dtype).eps
+    for draw in range(draws):
+        tensors = {name: getattr(call, name) for name in ("query", "key", "value")}
+        if draw:
+            random = torch.Generator().manual_seed(draw)
+            tensors = {k: torch.randn(t.shape, generator=random).to(t.dtype) for k, t in tensors.items()}
+        plain = AttentionCall(**tensors, mask=call.mask, is_causal=call.is_causal, scale=call.factor)
+        wide = replace(plain, **{name: tensor.double() for name, tensor in tensors.items()})
+        want = exact(wide).output
+        size = float(want.abs().max())
+        if not draw:
+            largest = max(largest, size)
+        error = float((eager(plain).double() - want).abs().max())
+        worst = max(worst, error / max(size, 1e-30))
+    return 2 * worst * largest

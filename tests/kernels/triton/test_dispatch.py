@@ -1,0 +1,57 @@
+"""Without a GPU and without the interpreter the Triton backend refuses, says why, and stays out of the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmfix_kernels import AttentionCall, backends, grouped_attention
+from mmfix_kernels import triton as backend
+
+
+def small(device: str = "cpu") -> AttentionCall:
+    query, key, value = torch.randn(3, 1, 2, 5, 16, device=device).unbind(0)
+    return AttentionCall(query=query, key=key, value=value, is_causal=True)
+
+
+def test_import_does_not_import_triton() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import mmfix_kernels; "
+        "sys.exit('triton' in sys.modules and not before)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_machine_without_a_gpu_says_so_once() -> None:
+    assert backends()["triton"] != ""
+    attended = grouped_attention(small())
+    assert (attended.backend, attended.reason) == ("sdpa", "")
+    with pytest.raises(ValueError, match="triton"):
+        grouped_attention(small(), "triton")
+
+
+def test_interpreting_needs_both_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for interpret, forced in (("1", ""), ("", "triton"), ("", "")):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        monkeypatch.setenv("MMFIX_BACKEND", forced)
+        assert backend.why_not(small()) == "no CUDA device"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MMFIX_BACKEND", "triton")
+    assert backend.why_not(small()) == ""
+
+
+def test_without_triton_the_message_has_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "installed", lambda: False)
+    assert "pip install" in backend.why_not(small())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_gpu_serves_by_triton() -> None:
+    assert grouped_attention(small("cuda")).backend == "triton"
