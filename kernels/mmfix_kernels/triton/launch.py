@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, HeadScale, KeyGroups, MassMove, Rows
+from mmfix_kernels.edits import NUM_LABELS, KeyGroups, MassMove, Rows
 from mmfix_kernels.triton import plan as plans
 from mmfix_kernels.triton.kernels import attend_kernel
 from mmfix_kernels.triton.merge import merge_kernel
@@ -53,7 +53,7 @@ def first_edited_row(call: AttentionCall) -> int:
     first = {"none": length, "last": length - 1, "all": 0}[call.masses]
     if call.groups is not None:
         for edit in call.edits:
-            if not isinstance(edit, HeadScale):
+            if isinstance(edit, (ScoreEdit, MassMove)):
                 first = min(first, call.groups.first[edit.rows])
     return first
 
@@ -214,7 +214,8 @@ def attend(
     call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Attended, Tensor | None]:
     """Serve one call; with `stats` also Float32[B, H, L, 2]: LSE and largest weight of each row."""
-    with torch.cuda.device_of(call.query):  # a model may lie on several devices; Triton launches on the current one
+    # A model may lie on several devices; Triton launches on the current one.
+    with torch.cuda.device_of(call.query):  # type: ignore[no-untyped-call]
         launch, work = prepare(call, plan, stats, dtype)
         for one in work:
             one.kernel[one.grid](**one.arguments, num_warps=one.warps, num_stages=one.stages)
@@ -265,8 +266,9 @@ def key_counts(call: AttentionCall) -> Tensor:
     """Float32[B, 2]: number of keys of the gate group of each mass move."""
     assert call.groups is not None
     counts = torch.zeros(call.query.shape[0], 2, dtype=torch.float32, device=call.query.device)
-    for n, (_, move) in enumerate(call.mass_moves):
-        if isinstance(move, MassMove) and move.gate is not None:
+    moves = [edit for edit in call.edits if isinstance(edit, MassMove)]
+    for n, move in enumerate(moves):
+        if move.gate is not None:
             counts[:, n] = call.groups.member(move.gate.group).sum(-1)
     return counts
 

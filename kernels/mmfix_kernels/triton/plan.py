@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, HeadScale, MassMove, Rows, ScoreEdit
+from mmfix_kernels.edits import NUM_LABELS, MassMove, Rows, ScoreEdit
 
 MAX_CLASSES = 4
 MAX_SCORES = 2
@@ -105,7 +105,7 @@ def partition(groups: Iterable[int]) -> tuple[int, ...]:
 
 def numbered(call: AttentionCall) -> Numbered:
     """The edits on keys with their number in the call."""
-    return tuple((n, e) for n, e in enumerate(call.edits) if not isinstance(e, HeadScale))
+    return tuple((n, e) for n, e in enumerate(call.edits) if isinstance(e, (ScoreEdit, MassMove)))
 
 
 @lru_cache(maxsize=256)

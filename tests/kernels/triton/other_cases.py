@@ -8,8 +8,8 @@ import pytest
 import torch
 from device_cases import DEVICE, make, moved, padded
 
-from mmfix_kernels.contrast import mix, mix_reference
 from mmfix_kernels.closed_forms import MapKind, replace, replace_reference
+from mmfix_kernels.contrast import mix, mix_reference
 from mmfix_kernels.triton import launch, vocabulary
 
 INF = float("inf")
