@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, KeyGroups, MassMove, Rows
+from mmfix_kernels.edits import NUM_LABELS, KeyGroups, MassMove, Rows, ScoreEdit
 from mmfix_kernels.triton import plan as plans
 from mmfix_kernels.triton.kernels import attend_kernel
 from mmfix_kernels.triton.merge import merge_kernel
