@@ -43,11 +43,11 @@ demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print th
 EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair
 
 record: $(STAMP) ## measure the committed records anew (evals/records)
-	$(EVAL) --methods greedy,var,vhr --split test --limit 400 --out runs/record/tinyworld
-	$(EVAL) --methods greedy --split val --limit 400 --out runs/record/tinyworld-val
-	$(EVAL) --methods greedy --split dev --limit 400 --out runs/record/tinyworld-dev
-	$(EVAL) --methods greedy --split test --world-seed 1 --limit 400 --out runs/record/tinyworld-fresh-1
-	$(EVAL) --methods greedy --split test --world-seed 2 --limit 400 --out runs/record/tinyworld-fresh-2
+	$(EVAL) --methods greedy,var,vhr --split test --limit 350 --out runs/record/tinyworld
+	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
+	$(EVAL) --methods greedy --split dev --limit 350 --out runs/record/tinyworld-dev
+	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
+	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
 	for run in runs/record/*; do \
 	  mkdir -p evals/records/$$(basename $$run) && cp $$run/results.json evals/records/$$(basename $$run)/; done
 

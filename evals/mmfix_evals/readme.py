@@ -134,7 +134,8 @@ def make_example(method: str = "vhr", images: int = 100) -> None:
         a, b = invented(before, item.categories), invented(after, item.categories)
         better, worse = better + (len(b) < len(a)), worse + (len(b) > len(a))
         kept = {n for n in item.categories if n in before} <= {n for n in item.categories if n in after}
-        if shown is None and b < a and kept and not b:
+        plainly = all(len(re.findall(rf"\ban? {n}\b", after)) == 1 for n in item.categories if n in after)
+        if shown is None and b < a and kept and plainly and not b:
             picture.resize((288, 288), 0).save(ROOT / PICTURE)
             shown = {
                 "method": method,
