@@ -96,8 +96,8 @@ records in `evals/records`; nothing was chosen on test or on the fresh worlds.
 ## Recipe
 
 `python -m mmfix_evals.tinyworld.train --recipe {recipe.name} --out FOLDER`, seed {recipe.seed}, {recipe.pictures} training
-pictures, AdamW with a cosine rate, about 70 minutes on two shared CPU cores. Training was stopped and resumed once, after
-the third stage. Recipe digest `{recipe.digest}`; data hash `{data_hash(16)}`
+pictures, AdamW with a cosine rate, about 70 minutes on two shared CPU cores. Training was stopped and resumed between
+stages; the last stage was added after reading captions of the dev split. Recipe digest `{recipe.digest}`; data hash `{data_hash(16)}`
 (sha256 over the first 16 training scenes and their pixels).
 
 {stages_table(recipe)}
