@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-DEMO_IMAGES ?= 100
+DEMO_IMAGES ?= 200
 DEMO_OUT    ?= runs/demo
 
 .DEFAULT_GOAL := help
