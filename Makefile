@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-DEMO_IMAGES ?= 100
+DEMO_IMAGES ?= 200
 DEMO_OUT    ?= runs/demo
 
 .DEFAULT_GOAL := help
@@ -45,7 +45,6 @@ EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chai
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 350 --out runs/record/tinyworld
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
-	$(EVAL) --methods greedy --split dev --limit 350 --out runs/record/tinyworld-dev
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
 	for run in runs/record/*; do \

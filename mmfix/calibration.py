@@ -60,6 +60,11 @@ class SinkCalibration:
     image_sinks_per_prompt: float
     prompts: int
 
+    @property
+    def massive(self) -> bool:
+        """Whether sinks stand out: their phi is at least twice that of other tokens. If not, VAR has little to move."""
+        return self.sink_phi >= 2 * self.other_phi
+
 
 def sink_dimensions(family: Family) -> tuple[int, ...]:
     """Sink dimensions of a model.
@@ -157,7 +162,11 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
             f"no token of {_name(model)!r} collects ten times the median attention: the model shows no attention "
             "sinks, and VAR has nothing to move; use another method"
         )
-    typical = torch.quantile(outside[torch.randperm(len(outside))[:20000]], 0.99, dim=0)
+    typical = torch.quantile(
+        outside[torch.randperm(len(outside), generator=torch.Generator().manual_seed(0))[:20000].to(outside.device)],
+        0.99,
+        dim=0,
+    )
     strength = inside.median(0).values
     order = (strength / typical.clamp(min=1e-6)).argsort(descending=True)
     dims = [int(order[0])]

@@ -63,6 +63,20 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rarely_fired(results: dict[str, Any]) -> str:
+    """A sentence on every method that changed less than one in a hundred of the places it looked at."""
+    shares: dict[str, list[float]] = {}
+    for entry in results["speed"]:
+        if entry["fired_share"] is not None:
+            shares.setdefault(entry["method"], []).append(entry["fired_share"])
+    rare = {name: max(found) for name, found in shares.items() if max(found) < 0.01}
+    return "".join(
+        f"\n\n`{name}` hardly acts here: it changed at most {100 * share:.1f} % of the places it looked at, because "
+        "this small model shows no massive activations. A difference of zero in its row says nothing about the method."
+        for name, share in rare.items()
+    )
+
+
 def _percent(value: float, low: float, high: float, form: str) -> str:
     return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
 
@@ -106,7 +120,7 @@ def generated() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     readme = fill(readme, "methods", methods_table())
     notes = " ".join(tables.footnotes(results))
-    more = f"{notes} [All metrics]({FULL_TABLE})."
+    more = f"{notes} [All metrics]({FULL_TABLE}).{rarely_fired(results)}"
     readme = fill(readme, "results", f"{results_table(results)}\n\n{more}")
     readme = fill(readme, "example", example_block(example))
     full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"

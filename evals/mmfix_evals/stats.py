@@ -162,7 +162,7 @@ def paired_macro(
     low, high = _bounds(drawn, confidence, a.shape[1])
     whole_a, whole_b = _macro(a, metric), _macro(b, metric)
     difference = None if whole_a is None or whole_b is None else whole_a - whole_b
-    p = None if low is None else _two_sided(drawn[~np.isnan(drawn)])
+    p = None if low is None else _two_sided(drawn[~np.isnan(drawn)], _informative(a, b))
     return Difference(difference, low, high, p, a.shape[1], int(np.isnan(drawn).sum()))
 
 
@@ -242,6 +242,15 @@ def _bounds(drawn: Floats, confidence: float, n_clusters: int) -> tuple[float | 
     return float(low), float(high)
 
 
-def _two_sided(differences: Floats) -> float:
+def _informative(a: Floats, b: Floats) -> int:
+    """Clusters in which the two arms differ at all: only these speak for a difference."""
+    differs = (a != b).any(axis=-1)
+    return int(differs.any(axis=0).sum() if differs.ndim > 1 else differs.sum())
+
+
+def _two_sided(differences: Floats, informative: int) -> float:
+    """Twice the smaller tail. n clusters that differ can agree in sign by chance with probability 2**(1 - n), so no
+    number of resamples makes p smaller than that."""
+    floor = 2.0 ** (1 - informative) if informative else 1.0
     smaller = min(int((differences <= TIE).sum()), int((differences >= -TIE).sum()))
-    return min(1.0, 2 * (smaller + 1) / (differences.size + 1))
+    return min(1.0, max(floor, 2 * (smaller + 1) / (differences.size + 1)))

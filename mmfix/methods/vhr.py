@@ -32,7 +32,7 @@ class VHR(Method):
     number of heads is the mean of the middle two.
 
     Args:
-        alpha: factor on the chosen heads, at least 0; 1 changes nothing (the paper: 2; 4 breaks the text).
+        alpha: factor on the chosen heads, 0 to 10; 1 changes nothing (the paper: 2; 4 breaks the text).
         layers: layers that are reinforced; None takes the paper's {1} and the last 14, of a 32-layer model, in
             proportion: layer 1 and the last 7/16 of the layers.
         drop_outliers: the paper's removal of heads that are large without the image.
@@ -42,13 +42,13 @@ class VHR(Method):
         MethodError: a value out of range.
     """
 
-    alpha: float = param(2.0, "factor on the chosen heads", 0.0, 4.0)
+    alpha: float = param(2.0, "factor on the chosen heads", 0.0, 10.0)
     layers: tuple[int, ...] | None = param(None, "layers that are reinforced; empty = the paper's, in proportion")
     drop_outliers: bool = param(True, "leave out heads that are large without the image")
     scale_text_only: bool = param(True, "scale the text-only branch too")
 
     def __post_init__(self) -> None:
-        self.check("alpha", 0.0, 100.0)
+        self.check("alpha", 0.0, 10.0)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
 

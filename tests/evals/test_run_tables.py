@@ -62,8 +62,12 @@ def test_a_difference_has_its_own_interval(tmp_path: Path) -> None:
         for e in results["comparisons"]
         if (e["split"], e["metric"], e["method"]) == ("random", "accuracy", "vhr") and e["task"] == "fake-pope"
     )
-    assert row[4] == f"{100 * wanted['difference']:+.1f}"
-    assert row[5] == f"[{100 * wanted['ci_low']:+.1f}, {100 * wanted['ci_high']:+.1f}]"
+
+    def signed(value: float) -> str:
+        return f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+
+    assert row[4] == signed(wanted["difference"])
+    assert row[5] == f"[{signed(wanted['ci_low'])}, {signed(wanted['ci_high'])}]"
     greedy = next(row.cells for row in section.rows if row.cells[:2] == ("accuracy", "greedy"))
     assert greedy[4:7] == ("-", "-", "-")
 

@@ -96,7 +96,7 @@ def test_undefined_resamples_do_not_enter_p() -> None:
     found = stats.paired(a, b, mean, 1000)
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
     assert found.undefined > 200
-    assert found.p == 2 / (1000 - found.undefined + 1)
+    assert found.p == 1.0  # one image speaks for the difference, and one image shows nothing
 
 
 @pytest.mark.parametrize("counts", [np.zeros((0, 2)), np.zeros((5, 2))])
@@ -211,3 +211,12 @@ def test_holm_never_lowers_and_keeps_the_order(ps: list[float]) -> None:
     assert all(p <= q <= 1 for p, q in zip(ps, adjusted, strict=True))
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     assert [adjusted[i] for i in order] == sorted(adjusted)
+
+
+def test_a_few_images_never_give_a_small_p() -> None:
+    """n images that differ agree in sign by chance with probability 2**(1 - n): p is no smaller, whatever is drawn."""
+    for images in (2, 3, 5, 8):
+        a = np.tile([[1.0, 1.0]], (images, 1))
+        b = np.tile([[0.0, 1.0]], (images, 1))
+        found = stats.paired(a, b, lambda c: stats.ratio(c[..., 0], c[..., 1]), 2000, 0)
+        assert found.p == max(2.0 ** (1 - images), 2 / 2001)

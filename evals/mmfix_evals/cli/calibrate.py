@@ -66,6 +66,11 @@ def sinks_command(
     typer.echo(f"phi               sinks {found.sink_phi:.1f} (median), others {found.other_phi:.1f} (99th percentile)")
     typer.echo(f"sinks per prompt  {found.sinks_per_prompt:.1f}, in the image {found.image_sinks_per_prompt:.1f}")
     typer.echo(f"prompts           {found.prompts}")
+    if not found.massive:
+        typer.echo(
+            "The model shows no massive activations: its sinks hardly differ from other tokens, and var has little"
+        )
+        typer.echo("to move. That is a fact about this model, not a setting to tune.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix describe PICTURE --model {model} --method var")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ PLAIN = "plain"
 
 
 def describe_command(
-    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, WebP, BMP, GIF or TIFF.")],
+    image: Annotated[str, typer.Argument(help="A picture: PNG, JPEG, WebP, BMP, GIF or TIFF.")],
     model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
     method: Annotated[
         str, typer.Option(help="A method, name:field=value,field=value, or several joined by +; see `mmfix methods`.")
@@ -54,7 +53,7 @@ def describe_command(
 
 
 def _content(
-    image: Path, model: str, prompt: str, spec: tuple[dict[str, Any], ...], answers: dict[str, Any]
+    image: str, model: str, prompt: str, spec: tuple[dict[str, Any], ...], answers: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "image": str(image),

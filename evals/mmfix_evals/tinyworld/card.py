@@ -16,7 +16,6 @@ RECORDS = ROOT / "evals" / "records"
 CARD = ROOT / "decoding" / "mmfix_decoding" / "tiny" / "MODEL_CARD.md"
 SPLITS = {
     "tinyworld-val": "val (training prior)",
-    "tinyworld-dev": "dev (counter-prior)",
     "tinyworld": "test (counter-prior)",
     "tinyworld-fresh-1": "fresh test world, seed 1",
     "tinyworld-fresh-2": "fresh test world, seed 2",
