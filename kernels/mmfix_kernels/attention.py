@@ -27,6 +27,8 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(sdpa.why_not, sdpa.attend),
     "reference": Backend(reference.why_not, reference.attend),
 }
+# Chosen only when named, until they have been measured on a GPU.
+OPT_IN = ("triton",)
 
 
 def backends() -> dict[str, str]:
@@ -56,10 +58,12 @@ def grouped_attention(call: AttentionCall, backend: str | None = None) -> Attend
         return BACKENDS[backend].attend(call)
     reasons: list[str] = []
     for name, candidate in BACKENDS.items():
+        if name in OPT_IN and os.environ.get(ENVIRONMENT) != name:
+            continue
         reason = candidate.why_not(call)
         if not reason:
             attended = candidate.attend(call)
             return replace(attended, reason="; ".join(reasons)) if reasons else attended
-        if name != "triton":  # opt-in: that it was not asked for is no news
+        if not candidate.unusable():  # what the machine lacks stands in `backends()`, not in every call
             reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference serves every call")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import mmfix.method
 from mmfix_decoding import Decoder
 from mmfix_evals import readme
 from mmfix_evals.tinyworld import card, render, scene
@@ -28,14 +28,15 @@ def test_the_model_card_is_up_to_date() -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that forgets what the test registers."""
-    monkeypatch.setattr(mmfix.method, "_REGISTRY", dict(mmfix.method._REGISTRY))
+    module = sys.modules["mmfix.method"]  # the package's attribute of that name is a function
+    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
 
 
 @pytest.mark.usefixtures("registry")
 def test_the_method_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "class BoostImage" in block]
-    names: dict[str, Any] = {"__name__": "readme"}
+    names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code, "README.md", "exec"), names)
     decoder = Decoder.from_pretrained("tiny", method=names["BoostImage"](strength=1.0))
     answer = decoder.generate(render(scene("dev", 0)), "Is there a bed in the image?", max_new_tokens=4)

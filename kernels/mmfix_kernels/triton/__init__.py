@@ -45,8 +45,6 @@ def unusable() -> str:
 
 def why_not(call: AttentionCall) -> str:
     """Why the kernels cannot serve the call; "" when they can."""
-    if os.environ.get("MMFIX_BACKEND") != "triton":
-        return "not the default until measured on a GPU; set MMFIX_BACKEND=triton"
     if reason := unusable():
         return reason
     if any(isinstance(edit, MapReplacement) for edit in call.edits):

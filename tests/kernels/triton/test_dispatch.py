@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mmfix_kernels import AttentionCall, backends, grouped_attention
+from mmfix_kernels import AttentionCall, attention, backends, grouped_attention
 from mmfix_kernels import triton as backend
 
 
@@ -54,4 +54,10 @@ def test_without_triton_the_message_has_the_remedy(monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 def test_a_gpu_serves_by_triton() -> None:
-    assert grouped_attention(small("cuda")).backend == "triton"
+    assert grouped_attention(small("cuda"), "triton").backend == "triton"
+
+
+def test_it_is_not_chosen_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = attention.Backend(lambda call: "", lambda call: pytest.fail("the opt-in backend was chosen"))
+    monkeypatch.setitem(attention.BACKENDS, "triton", chosen)
+    assert grouped_attention(small()).backend == "sdpa"
