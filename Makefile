@@ -43,7 +43,7 @@ demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print th
 EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair
 
 record: $(STAMP) ## measure the committed records anew (evals/records)
-	$(EVAL) --methods greedy,var,vhr --split test --limit 350 --out runs/record/tinyworld
+	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
