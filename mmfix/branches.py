@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
-from mmfix_kernels import MapReplacement
+from mmfix_kernels import Edit, MapReplacement
 
 VisionVariant = Literal["paper", "release"]
 
@@ -35,21 +35,103 @@ class VisionEdit:
     layers: tuple[int, ...] = (-2,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiffusionNoise:
+    """The picture after t steps of a diffusion process: ``sqrt(abar_t) x + sqrt(1 - abar_t) e``, e standard normal.
+
+    ``beta_i = sigmoid(linspace(-6, 6, 1000)_i) * (5e-3 - 1e-5) + 1e-5`` and ``abar = cumprod(1 - beta)``, applied to
+    the normalised pixels (VCD, arXiv:2311.16922). The noise of an image depends on `seed` and its shape alone.
+
+    Args:
+        step: t, 0 to 999.
+        seed: of the noise.
+    """
+
+    step: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= 999:
+            raise MethodError(f"noise step {self.step}: give a step from 0 to 999")
+
+    @property
+    def signal(self) -> float:
+        """``abar_t``, the share of the signal's power that is left."""
+        beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
+        return float((1 - beta).cumprod(0)[self.step])
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, …] (one image per row) or packed patches, in the same shape and dtype."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = pixels.shape[1:] if pixels.ndim > 2 else pixels.shape
+        noise = torch.randn(shape, generator=generator).to(pixels.device).expand_as(pixels)
+        signal = self.signal
+        noised: Tensor = signal**0.5 * pixels.float() + (1 - signal) ** 0.5 * noise
+        return noised.to(pixels.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blank:
+    """A picture without content: every pixel is `value` after normalisation (0 is the mean colour)."""
+
+    value: float = 0.0
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return torch.full_like(pixels, self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEdit:
+    """Another prompt around the same picture.
+
+    Args:
+        tokens: ids that are put into the prompt.
+        at: "before_image" and "after_image" insert them there (at the first and last image); "question" puts them in
+            place of everything after the last image.
+    """
+
+    tokens: tuple[int, ...]
+    at: Literal["before_image", "after_image", "question"] = "after_image"
+
+    def __call__(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """One prompt's ids and image mask, [T] without padding, changed."""
+        place = image.nonzero()[:, 0]
+        first, after = (int(place[0]), int(place[-1]) + 1) if len(place) else (0, 0)
+        start, stop = {"before_image": (first, first), "after_image": (after, after), "question": (after, len(ids))}[
+            self.at
+        ]
+        new = torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device)
+        none = torch.zeros_like(new, dtype=torch.bool)
+        return torch.cat([ids[:start], new, ids[stop:]]), torch.cat([image[:start], none, image[stop:]])
+
+
+PixelEdit = DiffusionNoise | Blank
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """One counterfactual row per prompt.
 
     Args:
         image: False removes the image tokens from the prompt (positions close up).
-        vision: a changed look at the picture, or None.
-        maps: a map put in place of the language model's, or None.
-        layers: language layers in which it is put.
+        vision: a changed look of the vision tower at the picture, or None.
+        pixels: a changed picture, or None.
+        prompt: a changed prompt, or None.
+        edits: attention edits of this branch alone.
+        layers: language layers in which they act; None means all.
     """
 
     image: bool = True
     vision: VisionEdit | None = None
-    maps: MapReplacement | None = None
-    layers: tuple[int, ...] = ()
+    pixels: PixelEdit | None = None
+    prompt: PromptEdit | None = None
+    edits: tuple[Edit, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether the picture is encoded anew for this branch."""
+        return self.vision is not None or self.pixels is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +178,11 @@ def contrast(gamma: float, branches: int = 1, beta: float | None = None) -> Mix:
     return Mix(weights=(1.0 + branches * gamma, *[-gamma] * branches), beta=beta)
 
 
+def guidance(gamma: float, beta: float | None = None) -> Mix:
+    """``gamma (c - u) + u`` on log-probabilities, c factual and u the one branch: classifier-free guidance."""
+    return Mix(weights=(gamma, 1.0 - gamma), beta=beta, log_probs=True)
+
+
 class Rows:
     """The rows of a branched batch: how many, and which belong to which branch."""
 
@@ -137,30 +224,39 @@ def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int
     """Prompts of `rows` without their image tokens, pushed to the right; the others as they are.
 
     Args:
-        ids, valid, image: [N, T]; rows: Bool[N]; pad: id put in the freed places.
+        ids: [N, T], or embeddings [N, T, hidden].
+        valid, image: [N, T]; rows: Bool[N]; pad: what is put in the freed places.
 
     Returns:
-        ids and valid, both [N, T].
+        `ids` and `valid`, in the same shapes.
     """
     keep = valid & ~image
     order = torch.argsort(keep.int(), dim=-1, stable=True)
     short_valid = keep.gather(1, order)
-    short = ids.gather(1, order).masked_fill(~short_valid, pad)
-    chosen = rows[:, None]
-    return torch.where(chosen, short, ids), torch.where(chosen, short_valid, valid)
+    wide = order if ids.ndim == 2 else order[..., None].expand_as(ids)
+    empty, chosen = ~short_valid, rows[:, None]
+    if ids.ndim == 3:
+        empty, chosen = empty[..., None], chosen[..., None]
+    short = ids.gather(1, wide).masked_fill(empty, pad)
+    return torch.where(chosen, short, ids), torch.where(rows[:, None], short_valid, valid)
 
 
 class CacheRows:
     """Makes a cache's batch operations, which count prompts, act on rows. Undone by :meth:`restore`."""
 
     _INDEXED = ("reorder_cache", "batch_select_indices")
+    _ALL = (*_INDEXED, "batch_repeat_interleave", "crop")
 
-    def __init__(self, cache: Any, count: int) -> None:
-        self.cache, self.count = cache, count
+    def __init__(self, cache: Any, count: int, longer: int = 0) -> None:
+        """`longer`: tokens by which the rows' prompts are longer than the one that ``generate()`` knows."""
+        self.cache, self.count, self.longer = cache, count, longer
         for name in self._INDEXED:
             original = getattr(type(cache), name, None)
             if original is not None:
                 setattr(cache, name, self._on_rows(original))
+        cache.batch_repeat_interleave = self._repeat
+        if longer:
+            cache.crop = self._crop
 
     def _on_rows(self, original: Any) -> Any:
         def act(index: Tensor) -> Any:
@@ -169,6 +265,14 @@ class CacheRows:
 
         return act
 
+    def _repeat(self, repeats: int) -> None:
+        keys = next(layer.keys for layer in self.cache.layers if layer.keys is not None)
+        prompts = torch.arange(keys.shape[0] // self.count, device=keys.device)
+        self.cache.batch_select_indices(prompts.repeat_interleave(repeats))
+
+    def _crop(self, length: int) -> None:
+        type(self.cache).crop(self.cache, length + self.longer if length > 0 else length)
+
     def restore(self) -> None:
-        for name in self._INDEXED:
+        for name in self._ALL:
             self.cache.__dict__.pop(name, None)

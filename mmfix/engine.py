@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfix import report as reports
 from mmfix.calibration import calibrated
-from mmfix.errors import ConflictError, MethodError, UnsupportedModel, UsageError
+from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel, UsageError
 from mmfix.expand import Expander
 from mmfix.families import Family, describe
-from mmfix.hooks import ATTRIBUTE, NAME, register_attention
+from mmfix.install import disturbed, install
 from mmfix.method import Method
-from mmfix.restore import Snapshot
+from mmfix.restore import ATTRIBUTE, Snapshot
+from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
-from mmfix.vision import TowerState, Vision
+from mmfix.vision import Vision
 from mmfix_kernels import forced_backend
 
 MethodLike = str | Method
@@ -60,7 +62,12 @@ class Mitigation:
 
 @contextmanager
 def mitigate(
-    model: Any, method: MethodLike | Sequence[MethodLike] | None, *, telemetry: bool = False, **params: Any
+    model: Any,
+    method: MethodLike | Sequence[MethodLike] | None,
+    *,
+    processor: Any = None,
+    telemetry: bool = False,
+    **params: Any,
 ) -> Iterator[Mitigation]:
     """Run `method` inside the model's forward pass for the length of a ``with`` block.
 
@@ -71,6 +78,8 @@ def mitigate(
         model: a ``transformers`` vision-language model in evaluation mode.
         method: a name, a :class:`~mmfix.method.Method`, a list of them (applied in order), or None for none.
             By name, a model's calibrated parameters are used where it has any.
+        processor: the model's processor (or tokenizer). Methods that tell questions from answers read its chat
+            template; the others do without.
         telemetry: also measure the newest token's attention mass by key group, in every layer.
         **params: parameters of a single method given by name.
 
@@ -89,6 +98,8 @@ def mitigate(
         >>> fix.report().fired["var"].share
     """
     family = describe(model)
+    if processor is not None:
+        family = dataclasses.replace(family, markers=_markers_of(processor))
     if any(ATTRIBUTE in module.__dict__ for module in family.attentions):
         raise ConflictError(
             "this model is already inside a mitigate() block; leave it first, or pass a list of methods"
@@ -101,12 +112,22 @@ def mitigate(
     session = Session(family, methods, backend, telemetry)
     _branch(session, family, methods, backend)
     snapshot = Snapshot(model)
+    changed: list[str] = []
     try:
         with ExitStack() as stack:
-            _install(family, session, snapshot, stack)
+            install(family, session, snapshot, stack)
+            stack.callback(lambda: changed.extend(disturbed(family, session)))
             yield Mitigation(session)
     finally:
-        snapshot.verify()
+        snapshot.verify(changed)
+
+
+def _markers_of(processor: Any) -> Markers | None:
+    """Markers of the chat template; None where it has none, which a method that needs them will say."""
+    try:
+        return chat_markers(processor)
+    except MmfixError:
+        return None
 
 
 def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, params: dict[str, Any]) -> list[Method]:
@@ -139,7 +160,7 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         if len(mix.weights) != 1 + len(branches):
             raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
         vision = Vision(family, branches, backend)
-        if vision.needed and not family.tower_attentions:
+        if vision.edits_tower and not family.tower_attentions:
             raise UnsupportedModel(
                 f"{type(family.model).__name__}: the vision tower's attention modules cannot be found or replaced, and "
                 f"{one.info.name} changes them; use a method that leaves the vision tower alone"
@@ -147,69 +168,3 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         session.vision, session.mix, session.mix_owner = vision, mix, owner
         if branches:
             session.expander = Expander(family, branches, vision)
-
-
-def _install(family: Family, session: Session, snapshot: Snapshot, stack: ExitStack) -> None:
-    """Change the model; every change is undone by `stack`, also when a later one fails."""
-    register_attention()
-    for config, before in snapshot.settings.values():
-        stack.callback(setattr, config, "_attn_implementation_internal", before)
-    family.decoder.set_attn_implementation(NAME)
-    for module, state in zip(family.attentions, session.layers, strict=True):
-        if getattr(module.config, "_attn_implementation", None) != NAME:
-            raise UnsupportedModel(
-                f"{type(family.model).__name__}: {type(module).__name__} of layer {state.layer} keeps its own "
-                "attention, outside transformers' AttentionInterface; update transformers or use another model"
-            )
-        stack.callback(module.__dict__.pop, ATTRIBUTE, None)
-        module.__dict__[ATTRIBUTE] = state
-
-    def hook(handle: Any) -> None:
-        snapshot.hook_ids.add(handle.id)
-        stack.callback(handle.remove)
-
-    if session.expander is not None:
-        stack.callback(session.expander.restore)
-    if session.vision is not None and session.vision.needed:
-        _install_vision(family, session.vision, stack)
-    hook(
-        family.model.register_forward_pre_hook(
-            lambda module, args, kwargs: session.begin(args, kwargs), with_kwargs=True
-        )
-    )
-    hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
-    if family.model.base_model is not family.model:
-        hook(family.model.base_model.register_forward_pre_hook(lambda module, args: session.check_inside()))
-    for n, layer in enumerate(family.layers):
-        if session.watches(n):
-            hook(layer.register_forward_pre_hook(_entering(session, n), with_kwargs=True))
-            hook(layer.register_forward_hook(_leaving(session, n)))
-
-
-def _install_vision(family: Family, vision: Vision, stack: ExitStack) -> None:
-    """Replace the tower's attention and catch pixels where they are encoded."""
-    family.tower.set_attn_implementation(NAME)
-    for number, module in enumerate(family.tower_attentions):
-        if getattr(module.config, "_attn_implementation", None) != NAME:
-            raise UnsupportedModel(
-                f"{type(family.model).__name__}: {type(module).__name__} of the vision tower keeps its own attention"
-            )
-        stack.callback(module.__dict__.pop, ATTRIBUTE, None)
-        module.__dict__[ATTRIBUTE] = TowerState(number, vision)
-    base = family.model.base_model
-    stack.callback(base.__dict__.pop, "get_image_features", None)
-    base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
-
-
-def _entering(session: Session, layer: int) -> Any:
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        session.enter_layer(layer, args[0] if args else kwargs["hidden_states"])
-
-    return enter
-
-
-def _leaving(session: Session, layer: int) -> Any:
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        session.leave_layer(layer)
-
-    return leave

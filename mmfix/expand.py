@@ -6,14 +6,17 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmfix.branches import Branch, CacheRows, Rows, drop_image
+from mmfix.conversation import image_tokens
 from mmfix.errors import MmfixError
 from mmfix.families import Family
+from mmfix.inputs import Inputs
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision
-from mmfix_kernels import MapReplacement
+from mmfix_kernels import Edit, HeadScale
 
 _PER_ROW = ("token_type_ids", "mm_token_type_ids")
 
@@ -27,86 +30,188 @@ class Expander:
         self.vision = vision
         self.image = torch.zeros(0, 0, dtype=torch.bool)  # Bool[B*R, T], image tokens of the rows' prompts
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
         self.caches: list[CacheRows] = []
 
     def expand(
-        self, ids: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], image_mask: Tensor | None, length: int
+        self,
+        given: Inputs,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        image_mask: Tensor | None,
+        length: int,
+        prompt: bool,
     ) -> dict[str, Any]:
-        """Keyword arguments for B*R rows from those for B prompts; `length` tokens of a first pass are the prompt."""
-        if len(args) > 1 or ids is None:
+        """Keyword arguments for B*R rows from those for B prompts.
+
+        Args:
+            length: tokens of the pass that are the prompt's (what follows are guesses of assisted decoding).
+            prompt: whether this is a prompt or a further piece of one, and not generated tokens.
+        """
+        if len(args) > 1 or (args and given.ids is None):
             raise MmfixError(
                 "methods with branches need input_ids by keyword (or first) and everything else by keyword; "
                 "call generate(), or model(input_ids=…, …)"
             )
-        kwargs = {**kwargs, "input_ids": ids}
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        kwargs = self._prompt(ids, kwargs, image_mask, length) if past == 0 else self._step(ids, kwargs, past)
+        if given.ids is not None:
+            kwargs = {**kwargs, "input_ids": given.ids}
+        kwargs = self._prompt(given, kwargs, image_mask, length) if prompt else self._step(given, kwargs)
         for name in _PER_ROW:
-            if isinstance(kwargs.get(name), Tensor):
-                kwargs[name] = self.rows.expand(kwargs[name])
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] != self.valid.shape[0]:
+                kwargs[name] = self._types(kwargs[name], prompt)
+        cache = given.cache
         if cache is not None and not any(known.cache is cache for known in self.caches):
-            self.caches.append(CacheRows(cache, self.rows.count))
+            self.caches.append(CacheRows(cache, self.rows.count, self.longer))
         return kwargs
 
-    def _prompt(self, ids: Tensor, kwargs: dict[str, Any], mask: Tensor | None, length: int) -> dict[str, Any]:
-        batch, total = ids.shape
-        image = ids == self.family.image_token_id if mask is None else mask.to(ids.device)
-        valid = padding_mask(kwargs.get("attention_mask"), ids)
+    def _prompt(self, given: Inputs, kwargs: dict[str, Any], mask: Tensor | None, length: int) -> dict[str, Any]:
+        batch, total = given.like.shape[:2]
+        image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
+        valid = _piece_mask(kwargs.get("attention_mask"), given, total)
+        kwargs = self._features(given, kwargs, image & valid)
+        wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
+        gone = self.rows.without_image(batch, image.device)
+        self.longer = 0
+        if given.ids is None:
+            assert given.embeds is not None
+            embeds, wide_valid = drop_image(self.rows.expand(given.embeds), wide_valid, wide_image, gone, 0)
+            kwargs["inputs_embeds"] = embeds
+            wide_image = wide_image & ~gone[:, None]
+        else:
+            ids = self.rows.expand(given.ids)
+            ids, wide_valid = drop_image(ids, wide_valid, wide_image, gone, self._filler())
+            wide_image = wide_image & ~gone[:, None]
+            if any(branch.prompt is not None for branch in self.rows.branches):
+                ids, wide_valid, wide_image = self._other_prompts(given, ids, wide_valid, wide_image, length, total)
+            kwargs["input_ids"] = ids
+        length += self.longer
+        if given.past:
+            old_valid, old_image = self._before(given.past, batch)
+            whole, wide_image = torch.cat([old_valid, wide_valid], 1), torch.cat([old_image, wide_image], 1)
+        else:
+            whole = wide_valid
+        self.valid, self.image = whole[:, : given.past + length], wide_image[:, : given.past + length]
+        self._masks(kwargs, whole, given.past, total + self.longer)
+        return kwargs
+
+    def _features(self, given: Inputs, kwargs: dict[str, Any], image: Tensor) -> dict[str, Any]:
+        """Encode pixels, and give every row the features of its branch."""
         if kwargs.get("pixel_values") is not None:
             kwargs = self.vision.encode(kwargs)
         if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
-            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image & valid)
-        wide_ids, wide_valid, wide_image = (self.rows.expand(x) for x in (ids, valid, image))
-        gone = self.rows.without_image(batch, ids.device)
-        pad = getattr(self.family.decoder.config, "pad_token_id", None)
-        pad = 0 if pad is None or pad < 0 or pad == self.family.image_token_id else int(pad)
-        wide_ids, valid = drop_image(wide_ids, wide_valid, wide_image, gone, pad)
-        self.valid = valid[:, :length]
-        self.image = wide_image & ~gone[:, None]
-        kwargs["input_ids"] = wide_ids
-        self._masks(kwargs, valid, 0, total)
+            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image)
+        elif given.ids is None and self.vision.needed:
+            raise MmfixError(
+                "the image's features are already merged into inputs_embeds, so a branch cannot look at the picture "
+                "anew; pass input_ids and pixel_values, or use a method that edits the language model only"
+            )
         return kwargs
 
-    def _step(self, ids: Tensor, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-        batch, new = ids.shape
+    def _filler(self) -> int:
+        pad = getattr(self.family.decoder.config, "pad_token_id", None)
+        return 0 if pad is None or pad < 0 or pad == self.family.image_token_id else int(pad)
+
+    def _other_prompts(
+        self, given: Inputs, ids: Tensor, valid: Tensor, image: Tensor, length: int, total: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows whose prompt is changed, all rows left-padded to one width; guesses after the prompt stay last."""
+        if given.past:
+            raise MmfixError("a branch with another prompt cannot follow a prompt in pieces; give the prompt at once")
+        prompts: list[tuple[Tensor, Tensor]] = []
+        for row in range(ids.shape[0]):
+            branch = row % self.rows.count
+            edit = self.rows.branches[branch - 1].prompt if branch else None
+            real = valid[row, :length]
+            own, own_image = ids[row, :length][real], image[row, :length][real]
+            prompts.append((own, own_image) if edit is None else edit(own, own_image))
+        width = max(length, *(len(own) for own, _ in prompts))
+        self.longer = width - length
+        if self.longer and getattr(given.cache, "is_compileable", False):
+            raise MmfixError(
+                f"a branch's prompt is {self.longer} tokens longer than the one generate() made its fixed-size cache "
+                "for; use the default cache, or a shorter prompt for the branch"
+            )
+        new_ids = ids.new_full((ids.shape[0], width), self._filler())
+        new_valid = torch.zeros_like(new_ids, dtype=torch.bool)
+        new_image = torch.zeros_like(new_valid)
+        for row, (own, own_image) in enumerate(prompts):
+            new_ids[row, width - len(own) :] = own
+            new_valid[row, width - len(own) :] = True
+            new_image[row, width - len(own) :] = own_image
+        tail = slice(length, total)
+        return (
+            torch.cat([new_ids, ids[:, tail]], dim=1),
+            torch.cat([new_valid, valid[:, tail]], dim=1),
+            torch.cat([new_image, image[:, tail]], dim=1),
+        )
+
+    def _before(self, past: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Validity and image tokens of the `past` tokens in the cache."""
+        self._same_rows(batch)
+        missing = max(0, past - self.valid.shape[1])
+        return F.pad(self.valid[:, :past], (0, missing), value=True), F.pad(self.image[:, :past], (0, missing))
+
+    def _same_rows(self, batch: int) -> None:
         if self.valid.shape[0] != batch * self.rows.count:
             raise MmfixError(
                 f"the prompt had {self.valid.shape[0] // self.rows.count} rows and this step has {batch}; "
                 "start a new generate() call"
             )
-        kwargs["input_ids"] = self.rows.expand(ids)
-        grown = torch.ones(self.valid.shape[0], past + new - self.valid.shape[1], dtype=torch.bool, device=ids.device)
-        self._masks(kwargs, torch.cat([self.valid, grown], dim=1), past, new)
+
+    def _step(self, given: Inputs, kwargs: dict[str, Any]) -> dict[str, Any]:
+        batch, new = given.like.shape[:2]
+        self._same_rows(batch)
+        if given.ids is not None:
+            kwargs["input_ids"] = self.rows.expand(given.ids)
+        else:
+            kwargs["inputs_embeds"] = self.rows.expand(given.like)
+        missing = max(0, given.past + new - self.valid.shape[1])
+        valid = F.pad(self.valid[:, : given.past + new], (0, missing), value=True)
+        self._masks(kwargs, valid, given.past, new)
         return kwargs
+
+    def _types(self, types: Tensor, prompt: bool) -> Tensor:
+        """Token types of the rows; a row without the image, or with another prompt, has those of its own tokens."""
+        wide = self.rows.expand(types)
+        if not prompt:
+            return wide
+        wide = F.pad(wide, (self.longer, 0))
+        image = F.pad(self.image[:, -wide.shape[1] :], (0, max(0, wide.shape[1] - self.image.shape[1])))
+        changed = any(not b.image or b.prompt is not None for b in self.rows.branches)
+        return torch.where(image, wide.amax().clamp(min=1), torch.zeros_like(wide)) if changed else wide
 
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:
         """Attention mask and positions of the rows; those of rows whose prompt changed are made anew."""
         mask = kwargs.get("attention_mask")
-        changed = any(not branch.image for branch in self.rows.branches)
+        branches = self.rows.branches
+        changed = torch.tensor([False, *(not b.image or b.prompt is not None for b in branches)], device=valid.device)
         if isinstance(mask, dict):
             kwargs["attention_mask"] = {k: None if m is None else self._wide_mask(m, valid) for k, m in mask.items()}
         elif mask is not None and mask.ndim == 4:
             kwargs["attention_mask"] = self._wide_mask(mask, valid)
-        elif mask is not None or changed:
+        elif mask is not None or bool(changed.any()):
             kwargs["attention_mask"] = valid.long()
         positions = kwargs.get("position_ids")
         if positions is not None:
-            positions = self.rows.expand(positions, dim=1 if positions.ndim == 3 else 0)
-        if changed:
-            if positions is not None and positions.ndim == 3:
-                raise MmfixError(
-                    f"{type(self.family.model).__name__} uses multi-axis positions, for which a branch without the "
-                    "image is not built yet; use a method without such a branch"
-                )
+            positions = self.rows.expand(positions, dim=positions.ndim - 2)
+            positions = F.pad(positions, (new - positions.shape[-1], 0))
+        if bool(changed.any()):
             own = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + new]
-            gone = self.rows.without_image(valid.shape[0] // self.rows.count, valid.device)
-            positions = own if positions is None else torch.where(gone[:, None], own, positions)
+            rows = changed.repeat(valid.shape[0] // self.rows.count)
+            if positions is not None and positions.ndim == 3 and any(b.prompt is not None for b in branches):
+                raise MmfixError(
+                    f"{type(self.family.model).__name__} numbers image tokens along several axes, and a branch with "
+                    "another prompt around the image is not built for that; use a method without such a branch"
+                )
+            # Text alone has the same number on every axis.
+            positions = own if positions is None else torch.where(rows[:, None], own, positions)
         if positions is not None:
             kwargs["position_ids"] = positions
 
     def _wide_mask(self, mask: Tensor, valid: Tensor) -> Tensor:
         """A 4-D mask for the rows; a row without the image also hides the freed places."""
+        if self.longer:
+            raise MmfixError("a branch with another prompt needs a 2-D attention mask; call generate(), or pass one")
         wide = self.rows.expand(mask)
         gone = self.rows.without_image(mask.shape[0], mask.device)
         if not bool(gone.any()):
@@ -125,17 +230,32 @@ class Expander:
         wide = torch.where(shown[:, None, None, :] & causal, torch.full_like(wide, high), wide)
         return wide.masked_fill(hidden[:, None, None, :], low)
 
-    def map_edits(self, layer: int) -> list[MapReplacement]:
-        """Map replacements of one language layer, each for the rows of its branch."""
+    def edits(self, layer: int) -> list[Edit]:
+        """Edits of one language layer, each for the rows of its branch."""
         batch = self.valid.shape[0] // self.rows.count
-        return [
-            dataclasses.replace(branch.maps, batch=self.rows.of(number, batch, self.valid.device))
-            for number, branch in enumerate(self.rows.branches, start=1)
-            if branch.maps is not None and layer in branch.layers
-        ]
+        found: list[Edit] = []
+        for number, branch in enumerate(self.rows.branches, start=1):
+            if branch.layers is not None and layer not in branch.layers:
+                continue
+            chosen = self.rows.of(number, batch, self.valid.device)
+            for edit in branch.edits:
+                if isinstance(edit, HeadScale):
+                    scale = torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0)
+                    found.append(HeadScale(scale=scale))
+                else:
+                    found.append(dataclasses.replace(edit, batch=chosen))
+        return found
 
     def restore(self) -> None:
         """Give caches their own batch operations back."""
         for cache in self.caches:
             cache.restore()
         self.caches.clear()
+
+
+def _piece_mask(attention_mask: Any, given: Inputs, new: int) -> Tensor:
+    """Bool[B, new]: which tokens of the pass are not padding."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask[:, -new:].to(given.like.device).bool()
+    like = given.like.new_empty(given.like.shape[0], given.past + new)
+    return padding_mask(attention_mask, like)[:, -new:]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mmfix.errors import UnsupportedModel
+from mmfix.segments import Markers
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Family:
         hidden_size: width of the residual stream.
         tower: the vision tower, or None when it cannot be found.
         tower_attentions: the attention module of each tower layer; empty when the tower computes attention itself.
+        markers: token ids that open the sides of a conversation, where a processor told them.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Family:
     hidden_size: int
     tower: Any = None
     tower_attentions: tuple[nn.Module, ...] = ()
+    markers: Markers | None = None
 
     @property
     def num_layers(self) -> int:

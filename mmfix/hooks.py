@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from mmfix.errors import UnsupportedModel
-from mmfix_kernels import AttentionCall, Edit, grouped_attention
+from mmfix.restore import ATTRIBUTE
+from mmfix_kernels import AttentionCall, grouped_attention
 
 if TYPE_CHECKING:
-    from mmfix.session import Session
+    from mmfix.layers import LayerState
     from mmfix.vision import TowerState
 
 NAME = "mmfix"
-ATTRIBUTE = "_mmfix"
 _UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
 
 
@@ -32,34 +31,6 @@ def register_attention() -> None:
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-
-
-class LayerState:
-    """What one attention module needs during a mitigation.
-
-    Args:
-        layer: 0-based layer number.
-        session: the mitigation's session, shared by all layers.
-    """
-
-    def __init__(self, layer: int, session: Session) -> None:
-        self.layer = layer
-        self.session = session
-        self.labels: Tensor | None = None  # Int8[B, capacity]; this layer's own once sinks were found
-        self.edits: list[Edit] = []
-        self.edit_owners: list[int | None] = []  # position of the method that gave each edit
-        self.fired: Tensor | None = None  # Int64[methods, 2]
-        self.calls = 0
-        self.backend = ""
-        self.reason = ""
-
-    def count(self, fired: Tensor) -> None:
-        """Add an attention call's fired counts to the methods that own its edits."""
-        if self.fired is None:
-            self.fired = torch.zeros(len(self.session.methods), 2, dtype=torch.int64, device=fired.device)
-        for n, owner in enumerate(self.edit_owners):
-            if owner is not None:
-                self.fired[owner] += fired[n]
 
 
 def attention(
@@ -110,6 +81,5 @@ def attention(
     if state is None:
         attended = grouped_attention(AttentionCall(**call))
         return attended.output.transpose(1, 2).contiguous(), None
-    if isinstance(state, LayerState):
-        return state.session.attend(state, call)
-    return state.vision.attend(state, call)
+    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    return state.attend(call, window)

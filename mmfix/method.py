@@ -18,6 +18,7 @@ from mmfix_kernels import Edit, HeadScale
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix
     from mmfix.families import Family
+    from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
 Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
@@ -66,12 +67,14 @@ class Site:
         layer: 0-based layer number.
         num_layers, num_heads: of the language model.
         spans: token spans of the prompt at hand.
+        segments: roles, images and turns of its tokens; for methods that answer :meth:`Method.mask`, else None.
     """
 
     layer: int
     num_layers: int
     num_heads: int
     spans: TokenSpans
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +94,29 @@ class Method:
         """Edits of one layer, asked once per prompt and layer."""
         return ()
 
+    def mask(self, site: Site) -> Sequence[MaskEdit]:
+        """Pairs of prompt tokens that this layer opens or closes, asked once per prompt and layer."""
+        return ()
+
+    @property
+    def masks(self) -> bool:
+        """Whether the method answers :meth:`mask`."""
+        return type(self).mask is not Method.mask
+
+    @property
+    def answer_marker(self) -> tuple[int, ...] | None:
+        """Token ids that begin an answer, for a method that tells questions from answers; None has no say."""
+        return None
+
     def wants_sinks(self, layer: int, num_layers: int) -> bool:
         """Whether :meth:`sinks` is asked at this layer."""
         return False
 
     def sinks(self, site: Site, hidden: Tensor) -> Tensor:
-        """Bool[B, T]: prompt keys that are attention sinks at this layer, from its input ``hidden`` [B, T, hidden]."""
+        """Bool[B, L]: prompt keys that are attention sinks at this layer, from its input ``hidden`` [B, L, hidden].
+
+        L tokens are the whole prompt, or the newest piece of it.
+        """
         raise NotImplementedError
 
     def wants_heads(self, layer: int, num_layers: int) -> bool:

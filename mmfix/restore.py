@@ -1,56 +1,89 @@
-"""What a mitigation changes, noted before and compared after."""
+"""A model is left exactly as it was found: recorded before, and compared after."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 
 from mmfix.errors import RestoreError
-from mmfix.hooks import ATTRIBUTE
+
+# Instance attributes that a mitigation may put over a class's own.
+OVERRIDES = (
+    "forward",
+    "get_image_features",
+    "get_compiled_call",
+    "generate_batch",
+    "init_continuous_batching",
+)
+ATTRIBUTE = "_mmfix"  # on attention modules: their state
 
 
 class Snapshot:
-    """State of a model that a mitigation may touch: attention settings, hooks, module attributes."""
+    """State of a model that a mitigation may touch: configs, attention settings, hooks, module attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.settings = _settings(model)
-        self.modules = {name: _traits(module) for name, module in model.named_modules()}
+        self.configs = {name: module.__dict__.get("config") for name, module in model.named_modules()}
+        self.settings = {
+            id(config): (name or "the model", config, config._attn_implementation_internal)
+            for name, config in reversed(self.configs.items())
+            if hasattr(config, "_attn_implementation_internal")
+        }
+        self.traits = {name: _traits(module) for name, module in model.named_modules()}
         self.hook_ids: set[int] = set()  # ids of the hooks that the mitigation installs
 
-    def verify(self) -> None:
-        """Raise ``RestoreError`` naming everything that is not as it was."""
+    def verify(self, disturbed: list[str]) -> None:
+        """Raise ``RestoreError`` naming everything that is not as it was, and everything `disturbed` in between."""
         left = []
-        for key, (config, value) in self.settings.items():
+        for name, config, value in self.settings.values():
             now = getattr(config, "_attn_implementation_internal", None)
             if now != value:
-                left.append(f"attention setting of {key} is {now!r}, was {value!r}")
+                left.append(f"attention setting of {name} is {now!r}, was {value!r}")
         for name, module in self.model.named_modules():
             label = name or type(module).__name__
             if ATTRIBUTE in module.__dict__:
                 left.append(f"{label} still carries mmfix state")
-            if self.modules.get(name) != _traits(module):
-                left.append(f"{label}.forward was replaced and not put back")
+            if module.__dict__.get("config") is not self.configs.get(name):
+                left.append(f"{label}.config was replaced and not put back")
+            changed = [key for key, value in _traits(module).items() if self.traits.get(name, {}).get(key) != value]
+            left += [f"{label}.{key} was replaced and not put back" for key in changed]
             if self.hook_ids & {*module._forward_hooks, *module._forward_pre_hooks}:
                 left.append(f"{label} still has a hook")
         if left:
+            raise RestoreError(f"the model is not as it was before mitigate(): {_listed(left)}; reload the model")
+        if disturbed:
             raise RestoreError(
-                f"the model is not as it was before mitigate(): {'; '.join(left[:5])}"
-                f"{f' and {len(left) - 5} more' if len(left) > 5 else ''}; reload the model"
+                f"something else changed the model inside the mitigate() block and has not undone it: "
+                f"{_listed(disturbed)}; the model is as it was before the block, but what ran inside it may not have "
+                "been mitigated. Leave blocks in the reverse order of entering them"
             )
 
 
-def _traits(module: nn.Module) -> int | None:
-    forward = module.__dict__.get("forward")
-    return None if forward is None else id(forward)
+class PrivateConfigs:
+    """Configs of one model's own for a while, so that a model that shares the config object sees no change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        memo: dict[int, Any] = {}
+        self.replaced: list[tuple[nn.Module, Any]] = []
+        for module in model.modules():
+            config = module.__dict__.get("config")
+            if config is not None and hasattr(config, "_attn_implementation_internal"):
+                own = copy.deepcopy(config, memo)
+                self.replaced.append((module, config))
+                module.__dict__["config"] = own
+
+    def put_back(self) -> None:
+        for module, config in self.replaced:
+            module.__dict__["config"] = config
 
 
-def _settings(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every distinct config below the model with its attention setting, by the first module that holds it."""
-    found: dict[int, tuple[str, Any, Any]] = {}
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            found.setdefault(id(config), (name or "the model", config, config._attn_implementation_internal))
-    return {name: (config, value) for name, config, value in found.values()}
+def _traits(module: nn.Module) -> dict[str, int | None]:
+    found = {name: module.__dict__.get(name) for name in OVERRIDES}
+    return {name: None if value is None else id(value) for name, value in found.items()}
+
+
+def _listed(faults: list[str]) -> str:
+    more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+    return "; ".join(faults[:5]) + more

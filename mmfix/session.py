@@ -1,11 +1,12 @@
-"""One running mitigation: spans of the prompt at hand, edits per layer, counters and masses."""
+"""One running mitigation: what the hooks of a ``mitigate()`` block share, pass by pass."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,39 +14,45 @@ from torch import Tensor
 from mmfix import spans as token_spans
 from mmfix.branches import Mix
 from mmfix.branches import Rows as BranchRows
+from mmfix.conversation import Conversation, image_tokens
 from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
 from mmfix.families import Family
-from mmfix.hooks import LayerState
-from mmfix.method import Method, Site
+from mmfix.inputs import Inputs
+from mmfix.layers import LayerState
+from mmfix.method import Method
+from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
 from mmfix.vision import Vision
-from mmfix_kernels import AttentionCall, HeadScale, KeyGroups, Label, Rows, grouped_attention
+from mmfix_kernels import Rows
 
-_ROOM = 256  # labels kept ready beyond the prompt, so that a decode step writes nothing
+# A first prompt; a further piece of it, or a further turn, on the same cache; generated tokens; the last pass without a
+# cache again, one token longer.
+Kind = Literal["prompt", "piece", "step", "again"]
 
 
 @dataclass
-class _Forward:
+class Pass:
     """Facts of the forward pass at hand, shared by all layers."""
 
-    active: bool = False
     prefill: bool = False
     past: int = 0  # keys before this pass
     total: int = 0  # keys after it
+    length: int = 0  # prompt tokens of this pass; what follows them is generated
     rows: dict[Rows, Tensor | None] = field(default_factory=dict)
     first: dict[Rows, int] = field(default_factory=dict)
 
 
 class Session:
-    """State shared by the hooks of one ``mitigate()`` block. Not thread-safe: one generation at a time."""
+    """State shared by the hooks of one ``mitigate()`` block: one generation at a time."""
 
     def __init__(self, family: Family, methods: list[Method], backend: str | None, telemetry: bool) -> None:
         self.family = family
         self.methods = methods
         self.backend = backend
         self.telemetry = telemetry
+        self.markers = _markers(family, methods)
         self.image_mask: Tensor | None = None
         self.vision: Vision | None = None
         self.expander: Expander | None = None
@@ -53,74 +60,96 @@ class Session:
         self.mix: Mix | None = None
         self.mix_owner = 0
         self.mixed: Tensor | None = None  # Int64[2]: positions whose logits the mix changed, and positions seen
-        self.layers = [LayerState(n, self) for n in range(family.num_layers)]
-        self.spans: TokenSpans | None = None
-        self.length = 0  # keys seen so far
-        self.forward = _Forward()
+        layers = range(family.num_layers)
+        self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
+        self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
+        self.layers = [LayerState(n, self) for n in layers]
+        self.talk: Conversation | None = None
+        self.seen = 0  # keys seen so far
+        self.active = False
+        self.current = Pass()
         self.text_only: TextOnly | None = None
-        self._with_image: Tensor | None = None
-        self._any_image = False
-        self._cache: weakref.ref[Any] | None = None
-        self._last_ids: Tensor | None = None
-        self._last_picture: Any = None
         self.notes: list[str] = []
         self.prompts = 0
         self.passes = 0
         self.extra_passes = 0
         self.mass_sum: Tensor | None = None  # Float32[B, 8], over the layers of the current pass
         self.mass_layers = 0
-        self._sink_layers = {
-            n for n in range(family.num_layers) for m in methods if m.wants_sinks(n, family.num_layers)
-        }
-        self._head_layers = {
-            n for n in range(family.num_layers) for m in methods if m.wants_heads(n, family.num_layers)
-        }
+        self._cache: weakref.ref[Any] | None = None
+        self._last: Inputs | None = None
+        self._step_rows: dict[Rows, Tensor | None] = {}
+        self._step_first: dict[Rows, int] = {}
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def spans(self) -> TokenSpans | None:
+        return None if self.talk is None else self.talk.spans
 
     def watches(self, layer: int) -> bool:
         """Whether hooks on this decoder layer are needed."""
-        replay = bool(self._head_layers) and layer <= max(self._head_layers)
-        return replay or layer in self._sink_layers
+        replay = bool(self.head_layers) and layer <= max(self.head_layers)
+        return replay or layer in self.sink_layers
+
+    @property
+    def branching(self) -> Expander | None:
+        """The expander, while the prompt at hand runs with branches."""
+        return self.expander if self.expanding else None
 
     # -- once per forward pass ----------------------------------------------------------------------------------
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Read the inputs of a forward pass of the model: spans at prefill, row masks always.
+        """Read the inputs of a forward pass of the model: tokens and masks of a prompt, row masks always.
 
         Returns the inputs expanded to one row per branch, or None when there are no branches.
         """
+        self._claim()
         if self.family.model.training:
             raise MmfixError(
                 "mitigate() changes attention at inference only and this model is in training mode; call model.eval()"
             )
-        ids, embeds = _token_inputs(args, kwargs)
-        cache = kwargs.get("past_key_values")
-        past = _past_length(cache)
-        keep = kwargs.get("logits_to_keep", 0)
-        kept = keep if isinstance(keep, int) else 0
-        q_len = (ids if ids is not None else embeds).shape[1]  # type: ignore[union-attr]
-        again = past == 0 and cache is None and self._is_next_step(ids, kwargs)
-        if past:
-            self._check_step(cache, past, q_len, kept)
-        self._last_ids, self._last_picture = ids, _picture(kwargs)
+        given = Inputs.read(args, kwargs)
+        kind = self._kind(given)
+        self._last = given
         self.mass_sum, self.mass_layers = None, 0
-        if not past and not again:
-            self.expanding = self.expander is not None and self._has_image(ids)
         # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
-        guessed = max(0, kept - 1) if cache is not None and not past else 0
+        guessed = max(0, given.kept - 1) if kind in ("prompt", "piece") and given.cache is not None else 0
+        length = given.length - guessed
+        if kind == "prompt":
+            self.expanding = self.expander is not None and self._has_image(given.ids)
+        elif kind == "piece" and self.expander is not None and not self.expanding and self._has_image(given.ids):
+            raise MmfixError(
+                "the prompt's first image came after its first piece, which ran without contrast branches; give the "
+                "prompt at once (no prefill_chunk_size)"
+            )
         expanded = None
-        if self.expander is not None and self.expanding:
-            expanded = self.expander.expand(ids, args, kwargs, self.image_mask, q_len - guessed)
-            ids, kwargs = expanded["input_ids"], expanded
-        batch = (ids if ids is not None else embeds).shape[0]  # type: ignore[union-attr]
-        self.forward = _Forward(active=True, prefill=not past and not again, past=past, total=past + q_len)
-        if self.forward.prefill:
-            self._prompt(ids, embeds, kwargs.get("attention_mask"), q_len - guessed)
-            self._cache = None if cache is None else weakref.ref(cache)
+        if self.branching is not None:
+            expanded = self.branching.expand(given, args, kwargs, self.image_mask, length, kind != "step")
+            length += self.branching.longer if kind != "step" else 0
+            given = Inputs.read((), expanded)
+        prefill = kind in ("prompt", "piece")
+        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0)
+        if prefill:
+            self._prompt(given, (expanded or kwargs).get("attention_mask"), kind == "piece")
+            if kind == "prompt":
+                self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
-            self._continue(batch, past + q_len)
-        self.length = self.forward.total
-        self._rows(batch, past, q_len)
+            self._step(given)
+        self.seen = self.current.total
+        self._rows(given.like.shape[0], given.length)
+        self.active = True
         return None if expanded is None else ((), expanded)
+
+    def _claim(self) -> None:
+        """Refuse a second thread while a pass is running."""
+        if not self._lock.acquire(blocking=False):
+            if self._owner != threading.get_ident():
+                raise MmfixError(
+                    "a second thread called the model while it was generating inside mitigate(); its prompt would be "
+                    "mixed with the first one's: let one thread at a time generate"
+                )
+            return
+        self._owner = threading.get_ident()
 
     def _has_image(self, ids: Tensor | None) -> bool:
         """Whether a prompt holds an image; without one there is nothing to contrast."""
@@ -128,124 +157,126 @@ class Session:
             return bool(self.image_mask.any())
         return ids is not None and bool((ids == self.family.image_token_id).any())
 
-    def _is_next_step(self, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def _kind(self, given: Inputs) -> Kind:
+        if not given.past:
+            return "again" if given.cache is None and self._is_next_step(given) else "prompt"
+        other = self._cache is not None and self._cache() is not given.cache
+        if self.talk is None or given.past > self.seen or other:
+            raise MmfixError(
+                f"the cache holds {given.past} tokens of a prompt that is not the one mitigate() saw last, so its "
+                "image tokens are unknown; enter mitigate() before the prompt is processed, and finish one prompt at "
+                "a time"
+            )
+        if given.length > 1 and given.kept != given.length:
+            return "piece"
+        return "piece" if given.length == 1 and given.picture is not None else "step"
+
+    def _is_next_step(self, given: Inputs) -> bool:
         """Whether a pass without a cache is the last one with one token more, as when generating without a cache."""
-        last = self._last_ids
+        last = None if self._last is None else self._last.ids
+        ids = given.ids
         if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
             return False
-        return _picture(kwargs) is self._last_picture and torch.equal(ids[:, :-1], last)
+        assert self._last is not None
+        return given.picture is self._last.picture and torch.equal(ids[:, :-1], last)
 
-    def _check_step(self, cache: Any, past: int, q_len: int, kept: int) -> None:
-        """Refuse a step whose prompt is not the one at hand."""
-        other = self._cache is not None and self._cache() is not cache
-        if self.spans is None or past > self.length or other:
-            raise MmfixError(
-                f"the cache holds {past} tokens of a prompt that is not the one mitigate() saw last, so its image "
-                "tokens are unknown; enter mitigate() before the prompt is processed, and finish one prompt at a time"
-            )
-        if q_len > 1 and kept != q_len:
-            raise MmfixError(
-                f"{q_len} more prompt tokens came after the first {past}; a prompt in pieces (prefill_chunk_size, or a "
-                "further turn on a cache) is not supported: give the whole prompt at once, with a fresh cache"
-            )
-
-    def _prompt(self, ids: Tensor | None, embeds: Tensor | None, attention_mask: Any, length: int) -> None:
-        """Spans of a new prompt: the first `length` tokens of the pass; what follows them is generated."""
-        ids, embeds = (None if x is None else x[:, :length] for x in (ids, embeds))
-        like = ids if ids is not None else embeds
-        assert like is not None
-        shape = like.shape[:2]
-        if self.expander is not None and self.expanding:
-            image = self.expander.image[:, :length]
-        elif self.image_mask is not None:
-            image = _rows_for(self.image_mask.to(like.device), shape[0])
-            if image.shape != shape:
-                raise MmfixError(
-                    f"image_mask {tuple(image.shape)} does not fit the prompt {tuple(shape)}; "
-                    "set it to Bool[batch, tokens] of this prompt, or to None"
-                )
-        elif ids is not None:
-            image = ids == self.family.image_token_id
+    def _prompt(self, given: Inputs, attention_mask: Any, further: bool) -> None:
+        """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
+        length, past = self.current.length, given.past
+        ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
+        shape = given.like.shape[:2]
+        if self.branching is not None:
+            image = self.branching.image[:, past : past + length]
         else:
-            raise MmfixError(
-                "inputs_embeds came without input_ids, so image tokens cannot be found; "
-                "set the mitigation's image_mask to Bool[batch, tokens] first"
-            )
-        self.spans = token_spans.build(image.bool(), token_spans.padding_mask(attention_mask, like))
-        self.prompts += shape[0] // (self.expander.rows.count if self.expander is not None and self.expanding else 1)
-        if self.methods and not bool(self.spans.image.any()):
+            image = image_tokens(ids, torch.Size((shape[0], length)), self.family.image_token_id, self.image_mask)
+        width = past + length
+        like = given.like.new_empty(shape[0], width)
+        valid = token_spans.padding_mask(attention_mask, like)
+        if further:
+            assert self.talk is not None
+            self._check_piece(past)
+            self.talk = self.talk.extended(ids, embeds, image, valid, past)
+        else:
+            self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
+            self.prompts += shape[0] // (1 if self.branching is None else self.branching.rows.count)
+        if self.methods and not bool(self.talk.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
-        self._note_images()
-        labels = _padded(self.spans.labels, shape[1] + _ROOM)
-        sites = [Site(n, self.family.num_layers, self.family.num_heads, self.spans) for n in range(len(self.layers))]
-        for state, site in zip(self.layers, sites, strict=True):
-            state.labels = labels
-            state.edits, state.edit_owners = [], []
-            for owner, one in enumerate(self.methods):
-                for edit in one.edits(site):
-                    state.edits.append(edit)
-                    state.edit_owners.append(owner)
-        if self.expander is not None and self.expanding:
-            for state in self.layers:
-                for edit in self.expander.map_edits(state.layer):
-                    state.edits.append(edit)
-                    state.edit_owners.append(None)  # what a contrast does is counted where the logits are mixed
-        self.text_only = None
-        if self._head_layers and bool(self.spans.image.any()):
-            scale = all(m.scales_text_only for m in self.methods)
-            self.text_only = TextOnly(self.family, self.spans, ids, embeds, max(self._head_layers), scale)
-            self.text_only.record()
-            self.extra_passes += 1
-
-    def _continue(self, batch: int, total: int) -> None:
-        """Labels and spans for `batch` rows of `total` keys; what lies beyond the prompt is generated."""
-        spans = self.spans
-        assert spans is not None
+        self._ready_steps()
+        capacity = _capacity(given.cache)
+        segments = self.talk.segments(self.markers) if any(m.masks for m in self.methods) else None
+        masks: dict[Any, Any] = {}
         for state in self.layers:
-            assert state.labels is not None
-            if state.labels.shape[0] != batch:
-                state.labels = _rows_for(state.labels, batch)
-            if state.labels.shape[1] < total:
-                state.labels = _padded(state.labels, total + _ROOM)
-        if spans.image.shape[0] != batch:
-            self.spans = TokenSpans(
-                image=_rows_for(spans.image, batch),
-                valid=_rows_for(spans.valid, batch),
-                labels=_rows_for(spans.labels, batch),
-                starts={kind: _rows_for(start, batch) for kind, start in spans.starts.items()},
-                last=_rows_for(spans.last, batch),
-            )
-            self._note_images()
+            state.prompt(self.talk.spans, segments, past, capacity, masks)
+        self.text_only = None
+        if self.head_layers and bool(self.talk.image.any()):
+            self._begin_text_only(past, length)
 
-    def _note_images(self) -> None:
-        """Keep the row mask of a decode step at hand: None when every prompt has an image."""
-        assert self.spans is not None
-        has_image = self.spans.has_image
-        self._with_image = None if bool(has_image.all()) else has_image[:, None]
-        self._any_image = bool(has_image.any())
-
-    def _rows(self, batch: int, past: int, q_len: int) -> None:
-        """Which rows of this pass each kind of :class:`Rows` touches."""
-        spans = self.spans
-        assert spans is not None
-        if q_len == 1 and not self.forward.prefill:
-            # One new token is after the image, and the newest; only prompts without an image differ.
-            self.forward.rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: self._with_image}
-            self.forward.first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: 0 if self._any_image else q_len}
+    def _check_piece(self, past: int) -> None:
+        """Refuse what cannot be done piece by piece."""
+        assert self.talk is not None
+        if not self.head_layers:
             return
-        positions = torch.arange(past, past + q_len, device=spans.image.device)
-        valid = torch.ones(batch, past + q_len, dtype=torch.bool, device=positions.device)
-        valid[:, : spans.length] = spans.valid[:, : past + q_len]
-        valid = valid[:, past:]
+        names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
+        if not self.talk.steps:
+            raise MmfixError(
+                f"{names or 'a head method'} compares whole prompts, and this one came in pieces; give it at once (no "
+                "prefill_chunk_size)"
+            )
+        if self.talk.all_ids(past) is None:
+            raise MmfixError(
+                f"{names or 'a head method'} needs the ids of every token in the cache, and these are unknown (beams, "
+                "or inputs_embeds); give the whole conversation with a fresh cache"
+            )
+
+    def _begin_text_only(self, past: int, length: int) -> None:
+        talk = self.talk
+        assert talk is not None
+        scale = all(m.scales_text_only for m in self.methods)
+        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, max(self.head_layers), scale)
+        self.text_only.record()
+        self.extra_passes += 1
+
+    def _step(self, given: Inputs) -> None:
+        """Decode tokens, for a batch that may have grown by beams."""
+        assert self.talk is not None
+        batch = given.like.shape[0]
+        if self.talk.image.shape[0] != batch:
+            self.talk = self.talk.widened(batch)
+            self._ready_steps()
+        if given.past:
+            self.talk.stepped(given.ids, given.past)
+        for state in self.layers:
+            state.step(batch, self.current.total, again=not given.past)
+
+    def _ready_steps(self) -> None:
+        """Rows of a step of one new token, which is after the image and the newest: only prompts without one differ."""
+        assert self.talk is not None
+        has_image = self.talk.spans.has_image
+        with_image = None if bool(has_image.all()) else has_image[:, None]
+        after = 0 if bool(has_image.any()) else 1
+        self._step_rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: with_image}
+        self._step_first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: after}
+
+    def _rows(self, batch: int, q_len: int) -> None:
+        """Which rows of this pass each kind of :class:`Rows` touches."""
+        spans, current = self.spans, self.current
+        assert spans is not None
+        if q_len == 1 and not current.prefill:
+            current.rows, current.first = self._step_rows, self._step_first
+            return
+        positions = torch.arange(current.past, current.total, device=spans.image.device)
+        valid = torch.ones(batch, current.total, dtype=torch.bool, device=positions.device)
+        valid[:, : spans.length] = spans.valid[:, : current.total]
+        valid = valid[:, current.past :]
         for kind, start in spans.starts.items():
             mask = (positions[None, :] >= start[:, None]) & valid
             anywhere = mask.any(0)
-            self.forward.first[kind] = int(anywhere.int().argmax()) if bool(anywhere.any()) else q_len
-            self.forward.rows[kind] = mask
+            current.first[kind] = int(anywhere.int().argmax()) if bool(anywhere.any()) else q_len
+            current.rows[kind] = mask
 
     def check_inside(self) -> None:
         """Refuse a call of a part of the model: its prompt would be unknown."""
-        if not self.forward.active:
+        if not self.active:
             raise MmfixError(
                 f"attention ran outside a call of {type(self.family.model).__name__}, so the prompt is unknown; "
                 "inside mitigate() call the model itself or its generate(), not one of its parts"
@@ -256,106 +287,25 @@ class Session:
         """Whether the text-only branch is running."""
         return self.text_only is not None and bool(self.text_only.running)
 
-    # -- once per layer -----------------------------------------------------------------------------------------
-
-    def enter_layer(self, layer: int, hidden: Tensor) -> None:
-        """Before a decoder layer: sinks from its input, text-only head outputs; at prefill only."""
-        if not self.forward.prefill or self.spans is None or self.aside:
-            return
-        state = self.layers[layer]
-        site = Site(layer, self.family.num_layers, self.family.num_heads, self.spans)
-        if layer in self._sink_layers:
-            sinks = torch.zeros_like(self.spans.valid)
-            for one in self.methods:
-                if one.wants_sinks(layer, self.family.num_layers):
-                    sinks |= one.sinks(site, hidden[:, : self.spans.length])
-            labels = token_spans.relabel_sinks(self.spans.labels, sinks)
-            state.labels = _padded(labels, labels.shape[1] + _ROOM)
-        if self.text_only is not None and layer in self._head_layers:
-            self.text_only.probe(layer)
-
-    def leave_layer(self, layer: int) -> None:
-        """After a decoder layer: let the text-only branch follow."""
-        if self.forward.prefill and self.text_only is not None and not self.aside:
-            scales = [e for e in self.layers[layer].edits if isinstance(e, HeadScale)]
-            if self.text_only.advance(layer, scales):
-                self.text_only = None
-
-    def attend(self, state: LayerState, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """One attention call of the language model."""
-        if self.aside:
-            assert self.text_only is not None
-            return self.text_only.attend(inputs, self.backend)
-        self.check_inside()
-        state.calls += 1
-        groups = self._groups(state, inputs["key"].shape[2]) if state.edits or self.telemetry else None
-        call = AttentionCall(**inputs, groups=groups, edits=state.edits, masses="last" if self.telemetry else "none")
-        attended = grouped_attention(call, self.backend)
-        state.backend, state.reason = attended.backend, attended.reason
-        output = attended.output
-        if state.edits:
-            state.count(attended.fired)
-        if self.forward.prefill and state.layer in self._head_layers:
-            output = self._scale_heads(state, output)
-        if attended.masses is not None:
-            mean = attended.masses[:, :, -1].mean(1)
-            if self.expander is not None and self.expanding:
-                mean = mean[:: self.expander.rows.count]  # of the factual rows
-            self.mass_sum = mean if self.mass_sum is None else self.mass_sum + mean
-            self.mass_layers += 1
-        return output.transpose(1, 2).contiguous(), None
-
-    def _groups(self, state: LayerState, s_len: int) -> KeyGroups:
-        """Labels and rows of one call with `s_len` keys."""
-        labels = state.labels
-        assert labels is not None
-        offset = max(0, self.forward.total - s_len)  # sliding-window layers keep the tail of the keys
-        if labels.shape[1] < offset + s_len:  # a static cache is longer than the prompt
-            labels = state.labels = _padded(labels, offset + s_len + _ROOM)
-        return KeyGroups(
-            labels=labels[:, offset : offset + s_len],
-            rows=self.forward.rows,
-            first=self.forward.first,
-            offset=self.forward.past - offset,
-        )
-
-    def _scale_heads(self, state: LayerState, output: Tensor) -> Tensor:
-        """Ask the methods for head factors at this layer, freeze them for the generation, and apply them."""
-        if self.text_only is None or self.spans is None:
-            return output
-        index = self.spans.last[:, None, None, None].expand(-1, output.shape[1], 1, output.shape[3])
-        heads = output.gather(2, index)[:, :, 0]
-        # Without an image both branches are the same prompt: make their difference zero, not rounding noise.
-        text_only = torch.where(self.spans.has_image[:, None, None], self.text_only.heads(), heads)
-        site = Site(state.layer, self.family.num_layers, self.family.num_heads, self.spans)
-        for owner, one in enumerate(self.methods):
-            if not one.wants_heads(state.layer, self.family.num_layers):
-                continue
-            edit = one.head_scale(site, heads, text_only)
-            output = output * edit.scale.to(output.dtype)[:, :, None, None]
-            state.edits.append(edit)
-            state.edit_owners.append(owner)
-            places = output.shape[0] * output.shape[1] * output.shape[2]
-            counted = torch.stack([(edit.scale != 1).sum() * output.shape[2], edit.scale.new_tensor(places).long()])
-            if state.fired is None:
-                state.fired = torch.zeros(len(self.methods), 2, dtype=torch.int64, device=output.device)
-            state.fired[owner] += counted
-        return output
-
     def finish(self, output: Any) -> Any:
         """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.
 
         None leaves the output as it is.
         """
-        self.forward.active = False
-        self.passes += 1
-        cache = getattr(output, "past_key_values", None)
-        if self.forward.prefill and cache is not None:  # called without one, the model makes its own
-            self._cache = weakref.ref(cache)
-        if self.mix is None or output is None or self.spans is None or not bool(self.spans.image.any()):
+        if self._owner != threading.get_ident():
             return None
-        rows = self.expander.rows if self.expander is not None and self.expanding else BranchRows(())
-        has_image = self.spans.has_image[:: rows.count]
+        self.active, self._owner = False, None
+        self._lock.release()
+        self.passes += 1
+        for state in self.layers:
+            state.passed()
+        cache = getattr(output, "past_key_values", None)
+        if self.current.prefill and cache is not None:  # called without one, the model makes its own
+            self._cache = weakref.ref(cache)
+        if self.mix is None or output is None or self.talk is None or not bool(self.talk.image.any()):
+            return None
+        rows = BranchRows(()) if self.branching is None else self.branching.rows
+        has_image = self.talk.spans.has_image[:: rows.count]
         output, changed = rows.fold(output, self.mix, has_image)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
@@ -366,36 +316,17 @@ class Session:
             warnings.warn(text, MmfixWarning, stacklevel=2)
 
 
-def _token_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    ids = kwargs.get("input_ids")
-    if ids is None and args and isinstance(args[0], Tensor):
-        ids = args[0]
-    embeds = kwargs.get("inputs_embeds")
-    if ids is None and embeds is None:
-        raise MmfixError("the model was called with neither input_ids nor inputs_embeds; give one of them")
-    return ids, embeds
+def _markers(family: Family, methods: list[Method]) -> Markers | None:
+    """The processor's markers, with the answer's one replaced by a method's own."""
+    own = next((m.answer_marker for m in methods if m.answer_marker), None)
+    if own is None:
+        return family.markers
+    return Markers(own, family.markers.user if family.markers is not None else ())
 
 
-def _picture(kwargs: dict[str, Any]) -> Any:
-    """What stands for the picture among a pass's inputs."""
-    encoded = kwargs.get("mm_encoder_outputs")
-    return encoded if encoded is not None else kwargs.get("pixel_values")
-
-
-def _past_length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _padded(labels: Tensor, width: int) -> Tensor:
-    """Labels widened to `width`; what lies beyond the prompt will be generated."""
-    extra = labels.new_full((labels.shape[0], width - labels.shape[1]), int(Label.GENERATED))
-    return torch.cat([labels, extra], dim=1)
-
-
-def _rows_for(tensor: Tensor, batch: int) -> Tensor:
-    """Rows repeated for a batch that grew by a whole factor after the prompt (beams)."""
-    if batch % tensor.shape[0]:
-        raise MmfixError(
-            f"the prompt had {tensor.shape[0]} rows and this step has {batch}; start a new generate() call"
-        )
-    return tensor.repeat_interleave(batch // tensor.shape[0], dim=0)
+def _capacity(cache: Any) -> int:
+    """Keys that a cache of fixed size holds; 0 for one that grows."""
+    if cache is None or not getattr(cache, "is_compileable", False):
+        return 0
+    longest = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
+    return max(0, int(longest()))

@@ -32,6 +32,10 @@ class TowerState:
         self.layer = layer
         self.vision = vision
 
+    def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, None]:
+        """One attention call of the vision tower."""
+        return self.vision.attend(self, inputs)
+
 
 class Vision:
     """The vision side of a session."""
@@ -46,6 +50,11 @@ class Vision:
 
     @property
     def needed(self) -> bool:
+        return any(branch.looks for branch in self.branches)
+
+    @property
+    def edits_tower(self) -> bool:
+        """Whether some branch changes the tower itself, not only the picture."""
         return any(branch.vision is not None for branch in self.branches)
 
     def wrapped(self, original: Any) -> Any:
@@ -59,15 +68,24 @@ class Vision:
                 return output
             looks = [list(output.pooler_output)]
             for branch in self.branches:
-                if branch.vision is not None:
-                    looks.append(self._look(branch.vision, original, args, kwargs))
+                if branch.looks:
+                    looks.append(self._look(branch, original, args, kwargs))
             packed = [torch.cat(parts, dim=-1) for parts in zip(*looks, strict=True)]
             output.pooler_output = packed if isinstance(output.pooler_output, (list, tuple)) else torch.stack(packed)
             return output
 
         return get_image_features
 
-    def _look(self, edit: VisionEdit, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def _look(self, branch: Branch, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        if branch.pixels is not None:
+            name = next(iter(inspect.signature(original).parameters))
+            if args:
+                args = (branch.pixels(args[0]), *args[1:])
+            else:
+                kwargs = {**kwargs, name: branch.pixels(kwargs[name])}
+        edit = branch.vision
+        if edit is None:
+            return list(original(*args, **kwargs).pooler_output)
         self.editing, self.captured = edit, None
         projector = _projector(self.family) if edit.variant == "release" else None
         handle = projector.register_forward_pre_hook(self._scale_features) if projector is not None else None
@@ -117,21 +135,25 @@ class Vision:
             A copy whose images follow the rows ``b*R + r``; rows without an image have none.
         """
         found = copy.copy(outputs["image"])
-        images = list(found.pooler_output)
-        per_prompt = _per_prompt(image.sum(-1).tolist(), [len(x) for x in images])
-        width = images[0].shape[-1] // (1 + sum(b.vision is not None for b in self.branches)) if images else 0
+        features = found.pooler_output
+        listed = isinstance(features, (list, tuple))
+        flat = torch.cat(list(features)) if listed else features.reshape(-1, features.shape[-1])
+        counts = image.sum(-1).tolist()
+        if sum(counts) != flat.shape[0]:
+            raise UnsupportedModel(
+                f"the prompts have {sum(counts)} image tokens and their pictures give {flat.shape[0]} features; the "
+                "processor and the model disagree"
+            )
+        looks = flat.chunk(1 + sum(b.looks for b in self.branches), dim=-1)
         rows: list[Tensor] = []
-        for start, stop in per_prompt:
-            looks = [[part[..., :width] for part in images[start:stop]]]
+        for start, count in zip(itertools.accumulate([0, *counts]), counts, strict=False):
             place = 0
+            rows.append(looks[0][start : start + count])
             for branch in self.branches:
-                if branch.vision is not None:
-                    place += 1
-                    looks.append([part[..., place * width : (place + 1) * width] for part in images[start:stop]])
-                elif branch.image:
-                    looks.append(looks[0])
-            rows += itertools.chain.from_iterable(looks)
-        found.pooler_output = rows if isinstance(found.pooler_output, (list, tuple)) else torch.stack(rows)
+                place += branch.looks
+                if branch.image:
+                    rows.append(looks[place if branch.looks else 0][start : start + count])
+        found.pooler_output = rows if listed else torch.cat(rows)
         return {**outputs, "image": found}
 
     def encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -149,23 +171,6 @@ class Vision:
         if given.get("pixel_values") is not None:
             outputs["image"] = base.get_image_features(**given, return_dict=True)
         return {**rest, "mm_encoder_outputs": outputs}
-
-
-def _per_prompt(tokens: list[int], images: list[int]) -> list[tuple[int, int]]:
-    """Ranges of images that belong to each prompt, by counting tokens."""
-    ranges, start = [], 0
-    for wanted in tokens:
-        stop, have = start, 0
-        while have < wanted and stop < len(images):
-            have += images[stop]
-            stop += 1
-        if have != wanted:
-            raise UnsupportedModel(
-                f"a prompt has {wanted} image tokens and its pictures give {have}; the processor and the model disagree"
-            )
-        ranges.append((start, stop))
-        start = stop
-    return ranges
 
 
 def _projector(family: Family) -> nn.Module:

@@ -273,7 +273,7 @@ class Decoder:
         if self.method is None and not telemetry:
             yield None
             return
-        with mmfix.mitigate(self.model, self.method, telemetry=telemetry) as fix:
+        with mmfix.mitigate(self.model, self.method, processor=self.processor, telemetry=telemetry) as fix:
             yield fix
 
 

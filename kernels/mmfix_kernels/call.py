@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfix_kernels.edits import Edit, HeadScale, KeyGroups, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels.edits import Edit, HeadScale, KeyGroups, Label, MapReplacement, MassMove, ScoreEdit
 from mmfix_kernels.maps import places
 
 MassRows = Literal["none", "last", "all"]
@@ -29,6 +29,8 @@ class AttentionCall:
         groups: labels and rows; needed as soon as there are edits or masses.
         edits: score edits act before the softmax, then mass moves and map replacements in order, then head scales.
         masses: rows whose group masses are returned.
+        prefix_key, prefix_value: [B // R, H_kv, P, D], keys and values that R consecutive batch items share and that
+            stand before `key` and `value`; mask and labels then cover P + S keys. None when nothing is shared.
     """
 
     query: Tensor
@@ -41,14 +43,24 @@ class AttentionCall:
     groups: KeyGroups | None = None
     edits: Sequence[Edit] = ()
     masses: MassRows = "none"
+    prefix_key: Tensor | None = None
+    prefix_value: Tensor | None = None
 
     def __post_init__(self) -> None:
         b, h, q_len, d = self.query.shape
-        kb, h_kv, s_len, kd = self.key.shape
+        kb, h_kv, _, kd = self.key.shape
+        s_len = self.keys
         if kb != b or kd != d or h % h_kv or self.value.shape[:3] != self.key.shape[:3]:
             raise ValueError(
                 f"query {tuple(self.query.shape)}, key {tuple(self.key.shape)} and value {tuple(self.value.shape)} do "
                 "not fit: batch and head width must agree and the query heads be a multiple of the key heads"
+            )
+        if self.prefix_key is not None and (
+            self.prefix_value is None or b % self.prefix_key.shape[0] or self.prefix_key.shape[1] != h_kv
+        ):
+            raise ValueError(
+                f"prefix_key {tuple(self.prefix_key.shape)} does not fit a batch of {b} and {h_kv} key heads; give "
+                "[B // R, H_kv, P, D] of keys and of values"
             )
         if self.mask is None and self.is_causal and q_len not in (1, s_len):
             raise ValueError(f"is_causal with {q_len} rows and {s_len} keys: slice the keys or give a mask")
@@ -57,6 +69,17 @@ class AttentionCall:
             raise ValueError("edits on key groups and group masses need `groups` (one label per key)")
         if self.groups is not None and self.groups.labels.shape != (b, s_len):
             raise ValueError(f"labels {tuple(self.groups.labels.shape)}: expected one per key, {(b, s_len)}")
+
+    @property
+    def keys(self) -> int:
+        """Number of keys, those of the shared prefix included."""
+        return self.key.shape[2] + (0 if self.prefix_key is None else self.prefix_key.shape[2])
+
+    def whole(self, prefix: Tensor | None, tensor: Tensor) -> Tensor:
+        """Keys or values with the shared prefix repeated in front."""
+        if prefix is None:
+            return tensor
+        return torch.cat([prefix.repeat_interleave(tensor.shape[0] // prefix.shape[0], dim=0), tensor], dim=2)
 
     @property
     def factor(self) -> float:
@@ -74,7 +97,11 @@ class AttentionCall:
     def row_places(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Int64[B, rows]: place of query rows start:stop among the keys that are not padding."""
         assert self.groups is not None
-        q_len, s_len = self.query.shape[2], self.key.shape[2]
+        q_len, s_len = self.query.shape[2], self.keys
+        if q_len == 1 and self.groups.offset is None and self.mask is not None:  # a decode step sees all keys so far
+            seen = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min
+            real = (self.groups.labels != int(Label.PADDING))[:, None, None, :]
+            return ((seen & real).sum(-1)[:, 0] - 1).clamp(min=0).expand(self.query.shape[0], 1)
         offset = s_len - q_len if self.groups.offset is None else self.groups.offset
         stop = q_len if stop is None else stop
         return places(self.groups.labels)[:, offset + start : offset + stop]
@@ -105,7 +132,7 @@ class Attended:
 
 def additive_mask(call: AttentionCall, start: int = 0, stop: int | None = None) -> Tensor | None:
     """Rows start:stop of the mask as float32, 0 or -inf, broadcastable to [B, H, rows, S]; None when all is allowed."""
-    q_len, s_len = call.query.shape[2], call.key.shape[2]
+    q_len, s_len = call.query.shape[2], call.keys
     stop = q_len if stop is None else stop
     if call.mask is None:
         if not call.is_causal or q_len == 1:

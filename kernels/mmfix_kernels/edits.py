@@ -7,7 +7,7 @@ A key carries one int8 :class:`Label`; an edit names sets of labels (:class:`Gro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum, IntFlag
 from typing import Literal
 
@@ -73,6 +73,7 @@ class ScoreEdit:
         gain: factor on the signed score (1 leaves it).
         abs_gain: share of the score's magnitude added (PAI and PAINT: alpha).
         bias: constant added, in nats; ``-inf`` hides the group.
+        batch: Bool[B], the batch rows that are touched; None means all. Contrast branches select theirs by it.
     """
 
     group: Group
@@ -81,6 +82,7 @@ class ScoreEdit:
     gain: float = 1.0
     abs_gain: float = 0.0
     bias: float = 0.0
+    batch: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_heads(self.heads)
@@ -120,6 +122,7 @@ class MassMove:
     rows: Rows = Rows.ALL
     heads: tuple[int, ...] | None = None
     gate: MassGate | None = None
+    batch: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_heads(self.heads)
@@ -162,13 +165,15 @@ class MapReplacement:
         kind: which map.
         normalise: rows sum to one over the allowed keys; False gives the released code's maps.
         seed: of the random map and the permutation.
+        rows: query rows whose map is replaced.
         heads: query heads, or None for all.
-        batch: Bool[B], the batch rows whose map is replaced; None means all. Branches select theirs by it.
+        batch: Bool[B], the batch rows whose map is replaced; None means all.
     """
 
     kind: MapKind
     normalise: bool = True
     seed: int = 0
+    rows: Rows = Rows.ALL
     heads: tuple[int, ...] | None = None
     batch: Tensor | None = None
 

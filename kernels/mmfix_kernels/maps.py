@@ -35,7 +35,14 @@ def counter_uniform(seed: int, head: Tensor, row: Tensor, key: Tensor) -> Tensor
     return ((state >> 8).to(torch.float32) + 0.5) * 2.0**-24
 
 
-def replace_rows(edit: MapReplacement, weights: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def replace_rows(
+    edit: MapReplacement,
+    weights: Tensor,
+    allowed: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    touched: Tensor | None = None,
+) -> Tensor:
     """The replaced map of a block of rows.
 
     Args:
@@ -44,6 +51,7 @@ def replace_rows(edit: MapReplacement, weights: Tensor, allowed: Tensor, labels:
         allowed: Bool broadcastable to it.
         labels: Int8[B, S].
         rows: Int64[B, L], place (see :func:`places`) of each row among the keys of its batch item.
+        touched: Bool[B, L] of the rows that ``edit.rows`` names; None for all.
 
     Returns:
         [B, H, L, S]; rows, heads and batch items that the edit does not select are as they were.
@@ -56,6 +64,8 @@ def replace_rows(edit: MapReplacement, weights: Tensor, allowed: Tensor, labels:
     if edit.batch is not None:
         chosen &= edit.batch.to(weights.device)[:, None]
     some = allowed.any(-1, keepdim=True)  # a padding row attends to nothing before and after
+    if touched is not None:
+        some = some & touched[:, None, :, None]
     return torch.where(chosen[:, :, None, None] & some, new, weights)
 
 

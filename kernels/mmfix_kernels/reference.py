@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
-from mmfix_kernels.edits import NUM_LABELS, Group, KeyGroups, MassGate, MassMove, Rows, ScoreEdit, head_mask
+from mmfix_kernels.edits import NUM_LABELS, Group, KeyGroups, MassGate, MassMove, ScoreEdit, head_mask
 from mmfix_kernels.maps import count_replaced, replace_rows
 
 
@@ -19,8 +19,8 @@ def attend(call: AttentionCall) -> Attended:
     """Scores, score edits, softmax, mass moves, ``A·V``, head scales: each step as its equation, in float32."""
     fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
     repeats = call.query.shape[1] // call.key.shape[1]
-    key = call.key.float().repeat_interleave(repeats, dim=1)
-    value = call.value.float().repeat_interleave(repeats, dim=1)
+    key = call.whole(call.prefix_key, call.key).float().repeat_interleave(repeats, dim=1)
+    value = call.whole(call.prefix_value, call.value).float().repeat_interleave(repeats, dim=1)
 
     scores = call.query.float() @ key.transpose(-1, -2) * call.factor
     if call.softcap is not None:
@@ -42,7 +42,14 @@ def attend(call: AttentionCall) -> Attended:
             weights = _move_mass(call.groups, weight_edit, weights, allowed, fired[n])
         else:
             before = weights
-            weights = replace_rows(weight_edit, weights, allowed, call.groups.labels, call.row_places())
+            weights = replace_rows(
+                weight_edit,
+                weights,
+                allowed,
+                call.groups.labels,
+                call.row_places(),
+                call.groups.rows[weight_edit.rows],
+            )
             fired[n] += count_replaced(before, weights)
 
     masses = None
@@ -60,20 +67,22 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.where(scores.isneginf().all(-1, keepdim=True), torch.zeros_like(weights), weights)
 
 
-def _touched(groups: KeyGroups, rows: Rows, heads: tuple[int, ...] | None, like: Tensor) -> Tensor:
-    """Bool[B, H, L, 1]: the rows and heads that an edit may touch."""
+def _touched(groups: KeyGroups, edit: ScoreEdit | MassMove, like: Tensor) -> Tensor:
+    """Bool[B, H, L, 1]: the batch items, rows and heads that an edit may touch."""
     b, h, q_len, _ = like.shape
     touched = torch.ones(b, h, q_len, 1, dtype=torch.bool, device=like.device)
-    row_mask = groups.rows[rows]
+    row_mask = groups.rows[edit.rows]
     if row_mask is not None:
         touched &= row_mask[:, None, :, None]
-    if heads is not None:
-        touched &= head_mask(heads, h, like.device)[None, :, None, None]
+    if edit.heads is not None:
+        touched &= head_mask(edit.heads, h, like.device)[None, :, None, None]
+    if edit.batch is not None:
+        touched &= edit.batch.to(like.device)[:, None, None, None]
     return touched
 
 
 def _edit_scores(groups: KeyGroups, edit: ScoreEdit, scores: Tensor, allowed: Tensor, fired: Tensor) -> Tensor:
-    touched = _touched(groups, edit.rows, edit.heads, scores)
+    touched = _touched(groups, edit, scores)
     keys = groups.member(edit.group)[:, None, None, :] & allowed
     fired[0] = (touched & keys.any(-1, keepdim=True)).sum()
     fired[1] = touched.sum()
@@ -96,7 +105,7 @@ def _gate(groups: KeyGroups, gate: MassGate, weights: Tensor, allowed: Tensor) -
 
 
 def _move_mass(groups: KeyGroups, move: MassMove, weights: Tensor, allowed: Tensor, fired: Tensor) -> Tensor:
-    touched = _touched(groups, move.rows, move.heads, weights)
+    touched = _touched(groups, move, weights)
     fired[1] = touched.sum()
     source_mass, target_mass = _mass(groups, move.source, weights), _mass(groups, move.target, weights)
     active = touched & (target_mass > 0) & (source_mass > 0)

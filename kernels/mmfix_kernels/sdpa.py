@@ -34,16 +34,14 @@ CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
 
 def why_not(call: AttentionCall) -> str:
     """Why SDPA cannot serve the call; "" when it can."""
-    if call.softcap is not None:
-        return "SDPA has no soft cap on scores"
-    return ""
+    return "SDPA has no soft cap on scores" if call.softcap is not None else ""
 
 
 def attend(call: AttentionCall) -> Attended:
     """Serve one call."""
     fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
     q_len = call.query.shape[2]
-    first = _first_edited_row(call)
+    first = 0 if call.prefix_key is not None else _first_edited_row(call)
     if first >= q_len:
         output, masses = _fused(call, q_len), None
     else:
@@ -59,8 +57,6 @@ def _first_edited_row(call: AttentionCall) -> int:
     first = {"none": q_len, "last": q_len - 1, "all": 0}[call.masses]
     if call.groups is not None:
         for edit in call.edits:
-            if isinstance(edit, MapReplacement):
-                return 0
             if not isinstance(edit, HeadScale):
                 first = min(first, call.groups.first[edit.rows])
     return first
@@ -95,13 +91,13 @@ def _fused(call: AttentionCall, rows: int) -> Tensor:
 
 def _dense(call: AttentionCall, first: int, fired: Tensor) -> tuple[Tensor, Tensor | None]:
     """Rows first.. with every edit applied, a chunk of rows at a time."""
-    assert call.groups is not None
     b, h, q_len, _ = call.query.shape
-    step = max(1, CHUNK // (b * h * call.key.shape[2]))
-    member = _Members(call.groups)
-    parts = [
-        _Chunk(call, call.groups, member, n, min(q_len, n + step)).attend(fired) for n in range(first, q_len, step)
-    ]
+    step = max(1, CHUNK // (b * h * call.keys))
+    groups = call.groups
+    if groups is None:  # nothing is edited: the labels are not read
+        groups = KeyGroups.plain(torch.zeros(b, call.keys, dtype=torch.int8, device=call.query.device))
+    member = _Members(groups)
+    parts = [_Chunk(call, groups, member, n, min(q_len, n + step)).attend(fired) for n in range(first, q_len, step)]
     outputs = [output for output, _ in parts]
     masses = [mass for _, mass in parts if mass is not None]
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], torch.cat(masses, 2) if masses else None
@@ -115,6 +111,43 @@ def _group_matmul(rows: Tensor, shared: Tensor) -> Tensor:
         return torch.matmul(rows, shared)
     folded = rows.reshape(b, h_kv, h // h_kv * q_len, k)
     return torch.matmul(folded, shared).reshape(b, h, q_len, shared.shape[-1])
+
+
+def _fold(tensor: Tensor, prefix: Tensor, repeats: int) -> Tensor:
+    """[B*R, H, L, K] → [B, H_kv, R*G*L, K]: branches and head groups folded into the rows of a shared prefix."""
+    batch, h_kv = prefix.shape[:2]
+    _, _, q_len, width = tensor.shape
+    folded = tensor.reshape(batch, -1, h_kv, repeats * q_len, width)
+    return folded.transpose(1, 2).reshape(batch, h_kv, -1, width)
+
+
+def _unfold(tensor: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`_fold`, to [B*R, H, L, K]."""
+    rows, heads, q_len = shape
+    batch, h_kv, _, width = tensor.shape
+    wide = tensor.reshape(batch, h_kv, rows // batch, -1, width).transpose(1, 2)
+    return wide.reshape(rows, heads, q_len, width)
+
+
+def _scores(call: AttentionCall, query: Tensor) -> Tensor:
+    """``query @ key^T`` over all keys, the shared prefix read once for its branches."""
+    scores = _group_matmul(query, call.key.transpose(-1, -2))
+    if call.prefix_key is None:
+        return scores
+    folded = _fold(query, call.prefix_key, query.shape[1] // call.key.shape[1])
+    before = torch.matmul(folded, call.prefix_key.transpose(-1, -2))
+    return torch.cat([_unfold(before, (query.shape[0], query.shape[1], query.shape[2])), scores], dim=-1)
+
+
+def _values(call: AttentionCall, weights: Tensor) -> Tensor:
+    """``weights @ value`` over all keys."""
+    weights = weights.to(call.value.dtype)
+    if call.prefix_value is None:
+        return _group_matmul(weights, call.value)
+    shared = call.prefix_value.shape[2]
+    folded = _fold(weights[..., :shared], call.prefix_value, weights.shape[1] // call.value.shape[1])
+    before = _unfold(torch.matmul(folded, call.prefix_value), (weights.shape[0], weights.shape[1], weights.shape[2]))
+    return before + _group_matmul(weights[..., shared:], call.value)
 
 
 class _Members:
@@ -145,7 +178,7 @@ class _Chunk:
         """Output [B, H, rows, D] and the group masses that were asked for."""
         call = self.call
         query = call.query[:, :, self.start : self.stop]
-        scores = _group_matmul(query, call.key.transpose(-1, -2)).float() * call.factor
+        scores = _scores(call, query).float() * call.factor
         hidden = None
         if self.mask is not None and call.score_edits:  # edits see a finite bias, and never an infinity
             hidden = self.mask.isneginf()
@@ -164,7 +197,7 @@ class _Chunk:
                 weights = self.move_mass(edit, weights, fired[n])
             else:
                 weights = self.replace_map(edit, weights, fired[n])
-        return _group_matmul(weights.to(call.value.dtype), call.value), self.masses(weights)
+        return _values(call, weights), self.masses(weights)
 
     def masses(self, weights: Tensor) -> Tensor | None:
         last = self.call.masses == "last" and self.stop == self.call.query.shape[2]
@@ -180,6 +213,9 @@ class _Chunk:
         if edit.heads is not None:
             chosen = head_mask(edit.heads, self.shape[1], self.call.query.device)[None, :, None]
             touched = chosen if touched is None else touched & chosen
+        if edit.batch is not None:
+            items = edit.batch.to(self.call.query.device)[:, None, None]
+            touched = items if touched is None else touched & items
         return touched
 
     def count(self, touched: Tensor | None) -> Tensor | int:
@@ -219,8 +255,14 @@ class _Chunk:
         allowed = (
             torch.ones((), dtype=torch.bool, device=weights.device) if self.mask is None else ~self.mask.isneginf()
         )
+        row_mask = self.groups.rows[edit.rows]
         new = replace_rows(
-            edit, weights, allowed.expand(shape), self.groups.labels, self.call.row_places(self.start, self.stop)
+            edit,
+            weights,
+            allowed.expand(shape),
+            self.groups.labels,
+            self.call.row_places(self.start, self.stop),
+            None if row_mask is None else row_mask[:, self.start : self.stop],
         )
         fired += count_replaced(weights, new)
         return new

@@ -87,7 +87,7 @@ class CausalMM(Method):
                 maps = MapReplacement(kind=self.vision, seed=seed)
                 found.append(Branch(vision=VisionEdit(maps=maps, variant=self.variant)))
             if self.language is not None:
-                found.append(Branch(maps=self._language_map(seed), layers=layers))
+                found.append(Branch(edits=(self._language_map(seed),), layers=layers))
         return found
 
     def _language_map(self, seed: int) -> MapReplacement:

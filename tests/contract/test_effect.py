@@ -31,6 +31,8 @@ def test_it_changes_the_logits_and_says_so(model: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_acts_on_generated_tokens_too(model: Any, name: str) -> None:
+    if mmfix.methods()[name].kind == "mask":
+        pytest.skip("a mask opens pairs of the prompt alone")
     inputs, token = vlm.one(), torch.tensor([[17]])
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
     with torch.no_grad(), mmfix.mitigate(model, active(name)) as fix:
@@ -45,6 +47,8 @@ def test_it_acts_on_generated_tokens_too(model: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_text_before_and_inside_the_image_is_never_changed_by_its_future(model: Any, name: str) -> None:
     """Causality: the logits of a prefix do not depend on the tokens that follow, when the spans are the same."""
+    if mmfix.methods()[name].kind == "mask":
+        pytest.skip("opening the future is what a mask method does")
     if name in HEAD_SCALES:
         pytest.skip("heads are chosen at the last position, for all positions, as the paper says")
     first, second = vlm.tokens(3, "image", 6, seed=1), vlm.tokens(3, "image", 6, seed=1)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support import vlm
-from support.cases import CONTRASTS, NAMES, active
+from support.cases import NAMES, active
 from transformers import TextIteratorStreamer
 
 import mmfix
 from mmfix import Method
-from mmfix.errors import MmfixError
+from mmfix.errors import MmfixError, MmfixWarning
 
 METHODS: list[Method] = [active(name) for name in NAMES]
 by_method = pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -144,9 +144,55 @@ def test_prompt_lookup_equals_greedy(model: Any, method: Method) -> None:
 
 
 @by_method
-def test_a_prompt_in_pieces_is_refused(model: Any, method: Method) -> None:
-    with mmfix.mitigate(model, method), pytest.raises(MmfixError, match="prompt in pieces"):
-        vlm.greedy(model, vlm.one(), STEPS, prefill_chunk_size=8)
+@pytest.mark.parametrize("size", [5, 14])
+def test_a_prompt_in_pieces(model: Any, method: Method, size: int) -> None:
+    """Pieces give what the whole prompt gives, or are refused where a method compares or opens what lies in both."""
+    inputs = vlm.one(after=9)
+    refused = method.info.kind in ("head scale", "mask")
+    with mmfix.mitigate(model, method) as fix:
+        want = vlm.greedy(model, inputs, STEPS)
+        fired = fix.report().fired[method.info.name].fired
+        if refused:
+            with pytest.raises(MmfixError, match="pieces"):
+                vlm.greedy(model, inputs, STEPS, prefill_chunk_size=size)
+            return
+        got = vlm.greedy(model, inputs, STEPS, prefill_chunk_size=size)
+        assert fix.report().fired[method.info.name].fired >= 2 * fired
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@by_method
+def test_a_further_turn_on_the_cache(model: Any, method: Method) -> None:
+    """A second turn continues the cache as a whole prompt of both turns would, apart from what a method freezes."""
+    first = vlm.one(after=9)
+    with mmfix.mitigate(model, method):
+        answer = vlm.greedy(model, first, STEPS, use_cache=True)
+        turn = torch.cat([answer.sequences, torch.tensor([[21, 22, 23, 24]])], dim=1)
+        whole = {**first, "input_ids": turn, "attention_mask": torch.ones_like(turn)}
+        seen = {name: value for name, value in whole.items() if name != "pixel_values"}  # its image is in the cache
+        if method.info.kind == "mask":  # without an answer's marker the second turn is part of the first question
+            with pytest.raises(MmfixError, match="pieces"):
+                vlm.greedy(model, seen, STEPS, past_key_values=answer.past_key_values)
+            return
+        got = vlm.greedy(model, seen, STEPS, past_key_values=answer.past_key_values)
+        want = vlm.greedy(model, whole, STEPS)
+    if method.info.kind == "contrast":  # heads, and sinks among generated tokens, were chosen in the first turn
+        assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        assert torch.isfinite(a[a > -1e9]).all()
+        if method.info.kind == "contrast":
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_an_image_after_the_first_piece_cannot_be_contrasted(llava: Any) -> None:
+    with (
+        mmfix.mitigate(llava, active("causalmm-language")),
+        pytest.warns(MmfixWarning, match="no image tokens"),
+        pytest.raises(MmfixError, match="first piece"),
+    ):
+        vlm.greedy(llava, vlm.one(), STEPS, prefill_chunk_size=3)
 
 
 class Words:
@@ -199,8 +245,8 @@ def test_inputs_embeds_with_an_image_mask(model: Any, method: Method, options: d
     with mmfix.mitigate(model, method) as fix:
         want = vlm.greedy(model, inputs, STEPS, **options)
         fix.image_mask = image
-        if method.info.name in CONTRASTS:
-            with pytest.raises(MmfixError, match="need input_ids"):
+        if any(branch.looks for branch in method.branches(mmfix.describe(model))):
+            with pytest.raises(MmfixError, match="cannot look at the picture anew"):
                 vlm.greedy(model, embeds, STEPS, **options)
             return
         got = vlm.greedy(model, embeds, STEPS, **options)

@@ -74,26 +74,26 @@ def test_sink_indices_of_every_layer(golden: Any) -> None:
             assert sunk.nonzero().flatten().tolist() == sorted(outputs[f"var.sink_idx_layer{layer}"].tolist())
 
 
-def test_edited_maps(golden: Any) -> None:
+def test_edited_maps(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The identity matrix as values makes attention return its own map, after the edit."""
+    from mmfix.layers import LayerState
     from mmfix_kernels import AttentionCall, grouped_attention
 
     model, outputs, meta = golden
     recorded: dict[tuple[int, int], torch.Tensor] = {}
-    with mmfix.mitigate(model, method_of(meta)) as fix:
-        session = fix._session
-        attend, steps = session.attend, {}
+    steps: dict[int, int] = {}
+    attend = LayerState.attend
 
-        def spy(state: Any, inputs: dict[str, Any]) -> Any:
-            s_len = inputs["key"].shape[2]
-            step = steps[state.layer] = steps.get(state.layer, -1) + 1
-            identity = torch.eye(s_len).expand(*inputs["key"].shape[:2], s_len, s_len)
-            groups = type(session)._groups(session, state, s_len)
-            call = AttentionCall(**{**inputs, "value": identity}, groups=groups, edits=state.edits)
-            recorded[step, state.layer] = grouped_attention(call, "sdpa").output
-            return attend(state, inputs)
+    def spy(state: LayerState, inputs: dict[str, Any], window: int | None) -> Any:
+        s_len = inputs["key"].shape[2]
+        step = steps[state.layer] = steps.get(state.layer, -1) + 1
+        identity = torch.eye(s_len).expand(*inputs["key"].shape[:2], s_len, s_len)
+        call = AttentionCall(**{**inputs, "value": identity}, groups=state._groups(s_len), edits=state.edits)
+        recorded[step, state.layer] = grouped_attention(call, "sdpa").output
+        return attend(state, inputs, window)
 
-        session.attend = spy
+    monkeypatch.setattr(LayerState, "attend", spy)
+    with mmfix.mitigate(model, method_of(meta)):
         run(model, outputs, "var")
     assert len(recorded) == 4 * 5
     for (step, layer), got in recorded.items():

@@ -135,7 +135,7 @@ def test_generator_closed_early(model: Any, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"), [("setattr", "attention setting"), ("pop", "mmfix state"), ("remove", "still has a hook")]
+    ("kept", "message"), [("put_back", "config was replaced"), ("pop", "mmfix state"), ("remove", "still has a hook")]
 )
 def test_a_removal_that_fails_raises(llava: Any, kept: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Forgetful(contextlib.ExitStack):

@@ -49,6 +49,10 @@ def why_not(call: AttentionCall) -> str:
         return reason
     if any(isinstance(edit, MapReplacement) for edit in call.edits):
         return "the kernel replaces no maps"
+    if call.prefix_key is not None:
+        return "the kernel reads no shared prefix"
+    if any(getattr(edit, "batch", None) is not None for edit in call.edits):
+        return "the kernel selects no batch rows"
     query, key, value = call.query, call.key, call.value
     if query.device.type != "cuda" and not interpreted():
         return "no CUDA device holds the tensors"
