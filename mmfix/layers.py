@@ -57,7 +57,7 @@ class LayerState:
             masks: what mask edits become, shared by the layers.
         """
         session = self.session
-        width = max(spans.length + _ROOM, capacity)
+        width = capacity if capacity >= spans.length else spans.length + _ROOM
         if past and self.sinks is not None:
             self._relabel(spans, rows_for(self.sinks, spans.image.shape[0]), width)
         else:
@@ -200,7 +200,7 @@ class LayerState:
         labels = self.labels
         assert labels is not None
         current = self.session.current
-        if labels.shape[1] == s_len:  # a cache of fixed size: no number that changes from step to step is read
+        if labels.shape[1] == s_len and current.single:  # a fixed cache: no number that changes every step is read
             return KeyGroups(labels=labels, rows=current.rows, first=current.first, offset=None)
         offset = max(0, current.total - s_len)  # sliding-window layers keep the tail of the keys
         if labels.shape[1] < offset + s_len:

@@ -40,6 +40,7 @@ class Pass:
     past: int = 0  # keys before this pass
     total: int = 0  # keys after it
     length: int = 0  # prompt tokens of this pass; what follows them is generated
+    single: bool = False  # one generated token per row
     rows: dict[Rows, Tensor | None] = field(default_factory=dict)
     first: dict[Rows, int] = field(default_factory=dict)
 
@@ -128,7 +129,8 @@ class Session:
             length += self.branching.longer if kind != "step" else 0
             given = Inputs.read((), expanded)
         prefill = kind in ("prompt", "piece")
-        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0)
+        single = kind == "step" and given.length == 1
+        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
         if prefill:
             self._prompt(given, (expanded or kwargs).get("attention_mask"), kind == "piece")
             if kind == "prompt":

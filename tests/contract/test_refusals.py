@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -160,3 +161,36 @@ def test_what_is_no_vision_language_model(llava: Any) -> None:
     for thing in (nn.Linear(2, 2), object(), llava.model.language_model):
         with pytest.raises(UnsupportedModel), mmfix.mitigate(thing, None):
             pass
+
+
+def test_continuous_batching_is_refused(llava: Any) -> None:
+    with mmfix.mitigate(llava, active("var")):
+        for name in ("generate_batch", "init_continuous_batching"):
+            with pytest.raises(MmfixError, match="continuous batching"):
+                getattr(llava, name)([[1, 2, 3]])
+    assert "generate_batch" not in llava.__dict__
+
+
+def test_a_second_thread_is_refused_and_the_first_goes_on(llava: Any) -> None:
+    """While one thread is inside a pass another one's call raises; the first one's tokens are its own."""
+    inputs, inside, release = vlm.one(), threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert release.wait(30)
+
+    with mmfix.mitigate(llava, active("vhr")):
+        want = vlm.greedy(llava, inputs, 4)
+        middle = llava.model.language_model.layers[2].mlp.register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda: results.append(vlm.greedy(llava, inputs, 4)))
+        thread.start()
+        assert inside.wait(30)
+        with pytest.raises(MmfixError, match="second thread"):
+            vlm.logits(llava, vlm.one(1))
+        release.set()
+        thread.join(30)
+        middle.remove()
+        again = vlm.greedy(llava, inputs, 4)
+    for got in (results[0], again):
+        assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))

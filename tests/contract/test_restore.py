@@ -38,7 +38,8 @@ def traits(model: Any) -> dict[str, Any]:
 def unchanged(model: Any) -> Iterator[None]:
     """The model has the same traits and bitwise the same outputs afterwards."""
     inputs = vlm.one()
-    before, logits = traits(model), vlm.logits(model, inputs)
+    logits = vlm.logits(model, inputs)  # first: transformers installs hooks of its own at a model's first pass
+    before = traits(model)
     yield
     assert traits(model) == before
     assert torch.equal(vlm.logits(model, inputs), logits)
@@ -213,3 +214,46 @@ def test_configurations_stay_clean(model: Any, name: str) -> None:
         assert "mmfix" not in model.generation_config.to_json_string()
     assert b"mmfix" not in pickle.dumps(model.config)
     assert copy.deepcopy(model).config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_shares_the_config_object_is_untouched(llava: Any, name: str) -> None:
+    """Two models with one config: mitigating the first leaves the second's outputs and settings bit for bit."""
+    first = copy.deepcopy(llava)
+    second = copy.deepcopy(first, {id(m.config): m.config for m in first.modules() if hasattr(m, "config")})
+    assert second.config is first.config
+    second.set_attn_implementation("eager")
+    inputs = vlm.one()
+    want, settings = vlm.logits(second, inputs), traits(second)
+    with mmfix.mitigate(first, active(name)):
+        assert torch.equal(vlm.logits(second, inputs), want)
+        assert traits(second) == settings
+        changed = vlm.logits(first, inputs)
+        with mmfix.mitigate(second, None):
+            assert torch.equal(vlm.logits(first, inputs), changed)
+    assert (changed - want).abs().max() > 1e-2
+    assert torch.equal(vlm.logits(second, inputs), want)
+
+
+def test_blocks_left_out_of_order(llava: Any) -> None:
+    """Two models with one config, left in the order of entering: each is put back on its own."""
+    first = copy.deepcopy(llava)
+    second = copy.deepcopy(first, {id(m.config): m.config for m in first.modules() if hasattr(m, "config")})
+    with unchanged(first), unchanged(second):
+        one, two = (mmfix.mitigate(model, active("var")) for model in (first, second))
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        assert traits(second)["model.language_model"][3] == "mmfix"
+        two.__exit__(None, None, None)
+
+
+def test_what_others_changed_inside_the_block_is_an_error(llava: Any) -> None:
+    """A change of attention inside the block that outlives it means that the method may not have run."""
+    model = copy.deepcopy(llava)
+    with (
+        unchanged(model),
+        pytest.raises(RestoreError, match="reverse order"),
+        mmfix.mitigate(model, active("var")),
+    ):
+        model.set_attn_implementation("eager")
