@@ -7,6 +7,7 @@ expanded before the model's forward pass and the logits folded after it, so ever
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -249,7 +250,8 @@ class CacheRows:
 
     def __init__(self, cache: Any, count: int, longer: int = 0) -> None:
         """`longer`: tokens by which the rows' prompts are longer than the one that ``generate()`` knows."""
-        self.cache, self.count, self.longer = cache, count, longer
+        self._cache = weakref.ref(cache)  # caches of finished generations are not kept alive
+        self.count, self.longer = count, longer
         for name in self._INDEXED:
             original = getattr(type(cache), name, None)
             if original is not None:
@@ -257,6 +259,11 @@ class CacheRows:
         cache.batch_repeat_interleave = self._repeat
         if longer:
             cache.crop = self._crop
+
+    @property
+    def cache(self) -> Any:
+        """The cache; None once nobody else holds it."""
+        return self._cache()
 
     def _on_rows(self, original: Any) -> Any:
         def act(index: Tensor) -> Any:
@@ -274,5 +281,6 @@ class CacheRows:
         type(self.cache).crop(self.cache, length + self.longer if length > 0 else length)
 
     def restore(self) -> None:
-        for name in self._ALL:
-            self.cache.__dict__.pop(name, None)
+        cache = self.cache
+        for name in self._ALL if cache is not None else ():
+            cache.__dict__.pop(name, None)

@@ -60,6 +60,7 @@ class Expander:
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] != self.valid.shape[0]:
                 kwargs[name] = self._types(kwargs[name], prompt)
         cache = given.cache
+        self.caches = [known for known in self.caches if known.cache is not None]
         if cache is not None and not any(known.cache is cache for known in self.caches):
             self.caches.append(CacheRows(cache, self.rows.count, self.longer))
         return kwargs

@@ -62,7 +62,9 @@ def attention(
             f"{type(module).__name__} gives its attention {' and '.join(unknown)}, which mmfix would drop; "
             "use a model without it"
         )
-    q_len, s_len = query.shape[2], key.shape[2]
+    state: LayerState | TowerState | None = getattr(module, ATTRIBUTE, None)
+    prefix = None if state is None else state.prefix()
+    q_len, s_len = query.shape[2], key.shape[2] + (0 if prefix is None else prefix[0].shape[2])
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if attention_mask is None and causal and 1 < q_len < s_len:
         key, value = key[:, :, :q_len], value[:, :, :q_len]  # a static cache at prefill, aligned top-left
@@ -77,7 +79,8 @@ def attention(
         "scale": scaling,
         "softcap": softcap,
     }
-    state: LayerState | TowerState | None = getattr(module, ATTRIBUTE, None)
+    if prefix is not None:
+        call["prefix_key"], call["prefix_value"] = prefix
     if state is None:
         attended = grouped_attention(AttentionCall(**call))
         return attended.output.transpose(1, 2).contiguous(), None

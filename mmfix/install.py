@@ -37,8 +37,7 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
         snapshot.hook_ids.add(handle.id)
         stack.callback(handle.remove)
 
-    if session.expander is not None:
-        stack.callback(session.expander.restore)
+    stack.callback(session.close)
     if session.vision is not None and session.vision.needed:
         _install_vision(family, session.vision, stack)
     _install_calls(family.model, session, stack)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,8 @@ from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.segments import MaskEdit, Opened, Segments
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Attended, AttentionCall, Edit, HeadScale, KeyGroups, Label, grouped_attention
+from mmfix_kernels import Attended, AttentionCall, Edit, Group, HeadScale, KeyGroups, Label, grouped_attention
+from mmfix_kernels.edits import membership
 
 if TYPE_CHECKING:
     from mmfix.session import Session
@@ -39,6 +42,8 @@ class LayerState:
         self.opened: Opened | None = None
         self.mask_owners: list[int] = []
         self.fired: Tensor | None = None  # Int64[methods, 2]
+        self.kept: dict[tuple[Group, ...], Tensor] = {}  # memberships of `kept_for`, the labels
+        self.kept_for: Tensor | None = None
         self.calls = 0
         self.called = False
         self.backend = ""
@@ -142,6 +147,14 @@ class LayerState:
             if session.text_only.advance(self.layer, scales):
                 session.text_only = None
 
+    def prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that the rows of a prompt share, [B, H_kv, P, D]; None when each has its own."""
+        shared = self.session.shared
+        if shared is None or self.session.aside:
+            return None
+        layer = shared.layers[self.layer]
+        return layer.prefix_keys, layer.prefix_values
+
     def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, Tensor | None]:
         """One attention call of the language model."""
         session = self.session
@@ -151,8 +164,9 @@ class LayerState:
         session.check_inside()
         self.called = True
         masses = "last" if session.telemetry else "none"
-        groups = self._groups(inputs["key"].shape[2]) if self.edits or session.telemetry else None
-        plain = AttentionCall(**inputs, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
+        bare = AttentionCall(**inputs)
+        groups = self._groups(bare.keys) if self.edits or session.telemetry else None
+        plain = dataclasses.replace(bare, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
         if self.opened is None:
             attended = grouped_attention(plain, session.backend)
         else:
@@ -201,7 +215,9 @@ class LayerState:
         assert labels is not None
         current = self.session.current
         if labels.shape[1] == s_len and current.single:  # a fixed cache: no number that changes every step is read
-            return KeyGroups(labels=labels, rows=current.rows, first=current.first, offset=None)
+            return KeyGroups(
+                labels=labels, rows=current.rows, first=current.first, offset=None, columns=self._columns(0, s_len)
+            )
         offset = max(0, current.total - s_len)  # sliding-window layers keep the tail of the keys
         if labels.shape[1] < offset + s_len:
             labels = self.labels = padded(labels, offset + s_len + _ROOM)
@@ -210,7 +226,24 @@ class LayerState:
             rows=current.rows,
             first=current.first,
             offset=current.past - offset,
+            columns=self._columns(offset, s_len) if current.single else None,
         )
+
+    def _columns(self, offset: int, s_len: int) -> Callable[[tuple[Group, ...]], Tensor] | None:
+        """Memberships of keys offset:offset+s_len, kept while the labels stay; None in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return None
+
+        def columns(wanted: tuple[Group, ...]) -> Tensor:
+            labels = self.labels
+            assert labels is not None
+            if wanted not in self.kept or self.kept_for is not labels:
+                if self.kept_for is not labels:
+                    self.kept, self.kept_for = {}, labels
+                self.kept[wanted] = membership(labels, wanted)
+            return self.kept[wanted][:, offset : offset + s_len]
+
+        return columns
 
     def _scale_heads(self, output: Tensor) -> Tensor:
         """Ask the methods for head factors at this layer, freeze them for the generation, and apply them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 import weakref
@@ -69,6 +70,7 @@ class Session:
         self.seen = 0  # keys seen so far
         self.active = False
         self.current = Pass()
+        self._shared: weakref.ref[Any] | None = None
         self.text_only: TextOnly | None = None
         self.notes: list[str] = []
         self.prompts = 0
@@ -117,6 +119,7 @@ class Session:
         guessed = max(0, given.kept - 1) if kind in ("prompt", "piece") and given.cache is not None else 0
         length = given.length - guessed
         if kind == "prompt":
+            self._unshare()
             self.expanding = self.expander is not None and self._has_image(given.ids)
         elif kind == "piece" and self.expander is not None and not self.expanding and self._has_image(given.ids):
             raise MmfixError(
@@ -124,10 +127,15 @@ class Session:
                 "prompt at once (no prefill_chunk_size)"
             )
         expanded = None
+        prefix = self._prefix(given, kwargs, length) if kind == "prompt" else 0
+        if prefix and bool(self.talk is not None and self.talk.image[:, :prefix].any()):
+            kwargs = _without_picture(kwargs)
         if self.branching is not None:
             expanded = self.branching.expand(given, args, kwargs, self.image_mask, length, kind != "step")
             length += self.branching.longer if kind != "step" else 0
             given = Inputs.read((), expanded)
+            if kind == "prompt":
+                given = dataclasses.replace(given, past=0)  # the cache may hold the shared start already
         prefill = kind in ("prompt", "piece")
         single = kind == "step" and given.length == 1
         self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
@@ -137,10 +145,77 @@ class Session:
                 self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
             self._step(given)
+        if prefix:
+            assert expanded is not None
+            expanded = _cut(expanded, slice(prefix, None), slice(None))
+            self.current.past, self.current.length = prefix, length - prefix
+            given = Inputs.read((), expanded)
         self.seen = self.current.total
         self._rows(given.like.shape[0], given.length)
         self.active = True
         return None if expanded is None else ((), expanded)
+
+    def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> int:
+        """Compute the start of the prompt that no branch changes, once per prompt; returns its length, 0 for none.
+
+        It is left alone where a method looks at the whole prompt (sinks, heads, masks), and where the cache or the
+        inputs are not those of ``generate()``.
+        """
+        from mmfix import prefix as prefixes
+
+        whole = self.sink_layers or self.head_layers or any(m.masks for m in self.methods)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
+        usual = given.kept and given.ids is not None and "cross_attention_mask" not in kwargs
+        if self.branching is None or whole or not plain or not usual:
+            return 0
+        if not prefixes.shareable(given.cache):
+            return 0
+        self.expanding = False
+        expander = self.expander
+        try:
+            assert expander is not None
+            self.current = Pass(True, 0, length, length)
+            self._prompt(given, mask, False)
+            assert self.talk is not None
+            shared = min(prefixes.shared_length(expander.rows.branches, self.talk.spans), length - 1)
+            image = self.talk.spans.image
+            if bool(image[:, :shared].any() & image[:, shared:].any()):  # features cannot be split between two passes
+                shared = int(image.any(0).int().argmax())
+            self.prompts -= given.like.shape[0]
+            if shared < prefixes.LEAST:
+                return 0
+            self.current = Pass(True, 0, shared, shared)
+            self._rows(given.like.shape[0], shared)
+            self.active = True
+            inputs = _cut({**kwargs, "input_ids": given.ids}, slice(0, shared), slice(0, shared))
+            if not bool(self.talk.spans.image[:, :shared].any()):
+                inputs = _without_picture(inputs)
+            self.family.model.forward(**{**inputs, "logits_to_keep": 1})
+        finally:
+            self.expanding, self.active = True, False
+        prefixes.share(given.cache, expander.rows.count)
+        self._shared = weakref.ref(given.cache)
+        return shared
+
+    @property
+    def shared(self) -> Any:
+        """The cache, while its prompt's start is stored once for all branches; else None."""
+        return None if self._shared is None else self._shared()
+
+    def _unshare(self) -> None:
+        """Give the last prompt's cache ordinary layers again."""
+        if self.shared is not None:
+            from mmfix import prefix as prefixes
+
+            prefixes.unshare(self.shared)
+        self._shared = None
+
+    def close(self) -> None:
+        """At the end of the block: nothing of it stays in caches that live on."""
+        self._unshare()
+        if self.expander is not None:
+            self.expander.restore()
 
     def _claim(self) -> None:
         """Refuse a second thread while a pass is running."""
@@ -316,6 +391,22 @@ class Session:
         if text not in self.notes:
             self.notes.append(text)
             warnings.warn(text, MmfixWarning, stacklevel=2)
+
+
+_PICTURE = ("pixel_values", "mm_encoder_outputs")
+_TOKENS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+
+
+def _without_picture(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _PICTURE}
+
+
+def _cut(kwargs: dict[str, Any], part: slice, mask: slice) -> dict[str, Any]:
+    """Inputs of some of the tokens, with the attention mask of `mask`."""
+    cut = {name: value[..., part] if name in _TOKENS else value for name, value in kwargs.items() if value is not None}
+    if cut.get("attention_mask") is not None:
+        cut["attention_mask"] = cut["attention_mask"][:, mask]
+    return cut
 
 
 def _markers(family: Family, methods: list[Method]) -> Markers | None:

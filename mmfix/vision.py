@@ -32,6 +32,9 @@ class TowerState:
         self.layer = layer
         self.vision = vision
 
+    def prefix(self) -> None:
+        """Towers keep no keys."""
+
     def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""
         return self.vision.attend(self, inputs)

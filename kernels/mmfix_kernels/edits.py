@@ -6,7 +6,7 @@ A key carries one int8 :class:`Label`; an edit names sets of labels (:class:`Gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, IntFlag
 from typing import Literal
@@ -195,12 +195,14 @@ class KeyGroups:
         rows: for each kind of :class:`Rows`, Bool[B, L] of the touched query rows; None means all rows.
         first: for each kind, the first row index at which any batch item is touched (L when none is).
         offset: key index of the first query row; None means the rows are the last of the keys.
+        columns: gives :func:`membership` of these labels, for a caller that keeps it from step to step; or None.
     """
 
     labels: Tensor
     rows: Mapping[Rows, Tensor | None]
     first: Mapping[Rows, int]
     offset: int | None = None
+    columns: Callable[[tuple[Group, ...]], Tensor] | None = None
 
     def member(self, group: Group) -> Tensor:
         """Bool[B, S]: which keys belong to `group`."""
@@ -210,6 +212,12 @@ class KeyGroups:
     def plain(labels: Tensor) -> KeyGroups:
         """Groups in which every kind of row means all rows."""
         return KeyGroups(labels=labels, rows=dict.fromkeys(Rows), first=dict.fromkeys(Rows, 0))
+
+
+def membership(labels: Tensor, groups: tuple[Group, ...]) -> Tensor:
+    """Float32[B, S, n]: 1 where a key belongs to the group, for n groups."""
+    table = torch.stack([lookup(group, labels.device) for group in groups], dim=-1).float()
+    return table[labels.long()]
 
 
 _TABLES: dict[tuple[int, torch.device], Tensor] = {}

@@ -26,7 +26,7 @@ def counter_uniform(seed: int, head: Tensor, row: Tensor, key: Tensor) -> Tensor
     every device.
     """
     mask = 0xFFFFFFFF
-    state = torch.full_like(key, (seed * 0x9E3779B1 + 0x85EBCA6B) & mask)
+    state = torch.full_like(head, (seed * 0x9E3779B1 + 0x85EBCA6B) & mask)
     for counter in (head, row, key):
         state = (state ^ ((counter + 1) * 0x9E3779B1 & mask)) & mask
         state = ((state ^ (state >> 16)) * 0x7FEB352D) & mask

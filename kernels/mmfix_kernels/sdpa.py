@@ -9,6 +9,7 @@ c_target·1_target)``, with both coefficients read off the group masses of the r
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,12 @@ from mmfix_kernels.edits import (
     MassMove,
     ScoreEdit,
     head_mask,
-    lookup,
+    membership,
 )
 from mmfix_kernels.maps import count_replaced, replace_rows
 
 CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
+FEW = 8  # query rows up to which the shared prefix is read in place, and batch items are not told apart
 
 
 def why_not(call: AttentionCall) -> str:
@@ -41,14 +43,64 @@ def attend(call: AttentionCall) -> Attended:
     """Serve one call."""
     fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
     q_len = call.query.shape[2]
+    if call.prefix_key is not None and q_len > FEW:  # many rows are worth a copy of the prefix for the while
+        call = replace(
+            call,
+            key=call.whole(call.prefix_key, call.key),
+            value=call.whole(call.prefix_value, call.value),
+            prefix_key=None,
+            prefix_value=None,
+        )
     first = 0 if call.prefix_key is not None else _first_edited_row(call)
+    masses = None
+    items = _edited_items(call) if first < q_len else None
     if first >= q_len:
-        output, masses = _fused(call, q_len), None
+        output = _fused(call, q_len)
+    elif items is not None:
+        output = _fused(call, q_len)
+        some = _items(call, items)
+        edited, _ = _dense(some, first, fired)
+        output = output.index_copy(0, items, torch.cat([output.index_select(0, items)[:, :, :first], edited], dim=2))
     else:
         output, masses = _dense(call, first, fired)
         if first:
             output = torch.cat([_fused(call, first), output], dim=2)
     return Attended(apply_head_scales(call, output, fired), masses, fired, "sdpa")
+
+
+def _edited_items(call: AttentionCall) -> Tensor | None:
+    """Int64[n]: the batch items that edits touch, when they are fewer than all and the rows are worth the selection."""
+    chosen = [e.batch for e in call.edits if not isinstance(e, HeadScale)]
+    if call.query.shape[2] <= FEW or call.masses != "none" or not chosen or any(one is None for one in chosen):
+        return None
+    touched = torch.stack([one for one in chosen if one is not None]).any(0)
+    return None if bool(touched.all()) else touched.nonzero()[:, 0].to(call.query.device)
+
+
+def _items(call: AttentionCall, items: Tensor) -> AttentionCall:
+    """The call of some batch items."""
+    assert call.groups is not None
+    size = call.query.shape[0]
+
+    def pick(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.shape[0] != size else tensor.index_select(0, items.to(tensor.device))
+
+    groups = replace(
+        call.groups,
+        labels=call.groups.labels.index_select(0, items),
+        rows={kind: pick(mask) for kind, mask in call.groups.rows.items()},
+        columns=None,
+    )
+    edits = [e if isinstance(e, HeadScale) else replace(e, batch=pick(e.batch)) for e in call.edits]
+    return replace(
+        call,
+        query=call.query.index_select(0, items),
+        key=call.key.index_select(0, items),
+        value=call.value.index_select(0, items),
+        mask=pick(call.mask),
+        groups=groups,
+        edits=edits,
+    )
 
 
 def _first_edited_row(call: AttentionCall) -> int:
@@ -159,9 +211,8 @@ class _Members:
 
     def __call__(self, *wanted: Group) -> Tensor:
         if wanted not in self.columns:
-            device = self.groups.labels.device
-            table = torch.stack([lookup(group, device) for group in wanted], dim=-1).float()
-            self.columns[wanted] = table[self.groups.labels.long()]
+            known = self.groups.columns
+            self.columns[wanted] = membership(self.groups.labels, wanted) if known is None else known(wanted)
         return self.columns[wanted]
 
 

@@ -10,7 +10,7 @@ from mmfix.branches import Branch, Mix, VisionEdit, contrast
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.method import Method, param, register
-from mmfix_kernels import MapReplacement
+from mmfix_kernels import MapReplacement, Rows
 from mmfix_kernels.edits import MapKind
 
 VISION = ("shuffled", "random", "uniform", "reversed")
@@ -39,6 +39,8 @@ class CausalMM(Method):
         gamma: strength, at least 0.
         epsilon: plausibility cut, in (0, 1].
         language_layers: layers whose map is replaced; None takes the middle third.
+        language_rows: query rows whose language map is replaced: "all", or those "after_image". The latter leaves the
+            keys and values of the system text and the image as they are, so that they are computed and stored once.
         draws: counterfactual maps that are drawn and averaged, per level, at least 1.
         seed: of random maps and permutations.
         variant: "paper" replaces maps, normalised over allowed keys; "release" scales image features by a resized map
@@ -56,6 +58,7 @@ class CausalMM(Method):
     gamma: float = param(1.0, "strength of the contrast", 0.0, 5.0)
     epsilon: float = param(0.1, "plausibility cut", 0.0, 1.0)
     language_layers: tuple[int, ...] | None = param(None, "layers whose map is replaced; empty = middle third")
+    language_rows: Literal["all", "after_image"] = param("all", "rows whose language map is replaced")
     draws: int = param(1, "counterfactual maps averaged", 1, 16)
     seed: int = param(0, "seed of random maps", 0, 2**31 - 1)
     variant: Literal["paper", "release"] = param("paper", "paper or release")
@@ -69,6 +72,8 @@ class CausalMM(Method):
                 raise MethodError(f"causalmm.{name}={value!r}: choose one of {', '.join(choices)}, or None")
         if self.vision is None and self.language is None:
             raise MethodError("causalmm: vision and language are both None, so nothing is contrasted; choose one")
+        if self.language_rows not in ("all", "after_image"):
+            raise MethodError(f"causalmm.language_rows={self.language_rows!r}: choose 'all' or 'after_image'")
         if self.variant not in ("paper", "release"):
             raise MethodError(f"causalmm.variant={self.variant!r}: choose 'paper' or 'release'")
         if self.language_layers is not None:
@@ -93,9 +98,10 @@ class CausalMM(Method):
     def _language_map(self, seed: int) -> MapReplacement:
         kinds: dict[str, MapKind] = {"random": "random", "uniform": "uniform"}
         assert self.language is not None
+        rows = Rows.ALL if self.language_rows == "all" else Rows.AFTER_IMAGE
         if self.language in kinds:
-            return MapReplacement(kind=kinds[self.language], seed=seed, normalise=self.variant == "paper")
-        return MapReplacement(kind="reversed", normalise=self.language == "reversed_normalised")
+            return MapReplacement(kind=kinds[self.language], seed=seed, normalise=self.variant == "paper", rows=rows)
+        return MapReplacement(kind="reversed", normalise=self.language == "reversed_normalised", rows=rows)
 
     def mix(self) -> Mix:
         if self.gamma == 0:
