@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfix_kernels import closed_forms
 from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
 from mmfix_kernels.edits import (
     NUM_LABELS,
@@ -42,8 +43,11 @@ def attend(call: AttentionCall) -> Attended:
     fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=call.query.device)
     q_len = call.query.shape[2]
     first = 0 if call.prefix_key is not None else _first_edited_row(call)
+    masses: Tensor | None = None
     if first >= q_len:
-        output, masses = _fused(call, q_len), None
+        output = _fused(call, q_len)
+    elif any(isinstance(e, MapReplacement) for e in call.edits) and not closed_forms.why_not(call):
+        output = closed_forms.attend(call, lambda plain: _fused(plain, q_len), fired)
     else:
         output, masses = _dense(call, first, fired)
         if first:
