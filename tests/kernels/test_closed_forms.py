@@ -9,8 +9,18 @@ import pytest
 import torch
 from replaced import noise, replaced
 
-from mmfix_kernels import AttentionCall, Group, HeadScale, KeyGroups, Label, MapReplacement, MassMove, grouped_attention
-from mmfix_kernels import closed_forms, sdpa
+from mmfix_kernels import (
+    AttentionCall,
+    Group,
+    HeadScale,
+    KeyGroups,
+    Label,
+    MapReplacement,
+    MassMove,
+    closed_forms,
+    grouped_attention,
+    sdpa,
+)
 from mmfix_kernels.maps import counter_uniform
 
 KINDS = [
@@ -129,7 +139,7 @@ def test_a_wrong_seed_or_label_is_caught(kind: dict[str, Any]) -> None:
     labels = call.groups.labels.clone()
     labels[0, 4] = int(Label.PADDING)
     relabelled = replace(call, groups=KeyGroups.plain(labels), edits=[MapReplacement(**kind)])
-    if kind.get("normalise", True) is False and kind["kind"] != "reversed" or kind["kind"] in ("random", "shuffled"):
+    if (kind.get("normalise", True) is False and kind["kind"] != "reversed") or kind["kind"] in ("random", "shuffled"):
         assert (grouped_attention(relabelled, "sdpa").output - right).abs().max() > 1e-3
 
 

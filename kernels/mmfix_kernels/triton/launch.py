@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, KeyGroups, MassMove, Rows, ScoreEdit
+from mmfix_kernels.edits import NUM_LABELS, KeyGroups, MapReplacement, MassMove, Rows, ScoreEdit, head_mask
+from mmfix_kernels.maps import permutation
 from mmfix_kernels.triton import plan as plans
+from mmfix_kernels.triton import tables
 from mmfix_kernels.triton.kernels import attend_kernel
+from mmfix_kernels.triton.maps import places_kernel
+from mmfix_kernels.triton.masks import summary
 from mmfix_kernels.triton.merge import merge_kernel
 from mmfix_kernels.triton.plan import Plan, Tile
 
@@ -53,8 +57,8 @@ def first_edited_row(call: AttentionCall) -> int:
     first = {"none": length, "last": length - 1, "all": 0}[call.masses]
     if call.groups is not None:
         for edit in call.edits:
-            if isinstance(edit, (ScoreEdit, MassMove)):
-                first = min(first, call.groups.first[edit.rows])
+            if isinstance(edit, (ScoreEdit, MassMove, MapReplacement)):
+                first = min(first, call.groups.first[getattr(edit, "rows", Rows.ALL)])
     return first
 
 
@@ -92,13 +96,16 @@ class Launch:
         """Arguments that the streaming and the merging kernel share."""
         call, masks = self.call, self.row_masks
         grouped = plan is self.plan
-        used = {kind for _, kind in plan.rows}
+        used = {kind for _, kind in plan.rows} | {one.rows for one in plan.maps}
+        heads = tables.head_tensor(tables.selected(call, plan), *call.query.shape[:2], self.device)
         rows = {f"p_rows{bit}": masks.get(kind) if kind in used else None for kind, bit in plans.ROW_BIT.items()}
         return {
             "p_out": self.output,
             **rows,
-            "p_heads": plans.head_tensor(plan.heads, call.query.shape[1], self.device),
-            "p_params": plans.number_tensor(plan.numbers, self.device) if plan.numbers else None,
+            "p_heads": heads,
+            "heads_b": heads.stride(0) if heads is not None and heads.shape[0] > 1 else 0,
+            "p_params": tables.number_tensor(plan.numbers, self.device) if plan.numbers else None,
+            "p_maps": tables.map_tensor(plan.maps, frozenset(masks), self.device) if plan.maps else None,
             "p_count": key_counts(call) if plan.slack else None,
             "p_scale": self.scale,
             "p_fired": self.fired if plan.counters else None,
@@ -120,19 +127,28 @@ class Launch:
     def stream(self, plan: Plan, start: int, stop: int, tile: Tile, fold: bool) -> dict[str, Any]:
         """All arguments of the streaming kernel for rows start:stop, unsplit."""
         call = self.call
-        labels = call.groups.labels if call.groups is not None and (plan.bins or plan.scores) else None
+        wanted = plan.bins or plan.scores or plan.map_bits & plans.RELEASED
+        labels = call.groups.labels if call.groups is not None and wanted else None
         if labels is not None and labels.stride(1) != 1:
             labels = labels.contiguous()
         mask, kind, lowest = prepared_mask(call)
         strides = broadcast_strides(mask)
         _, _, length, d = call.query.shape
-        shared = self.shared(plan)
+        blocks = None
+        if mask is not None and not fold and strides[2]:
+            blocks = summary(mask, kind, lowest, strides, (start, stop, call.key.shape[2]), (tile.rows, tile.keys))
+        shared = self.shared(plan) | self.drawing(plan)
         return shared | {
             "p_q": self.query,
             "p_k": self.key,
             "p_v": self.value,
             "p_labels": labels,
             "p_mask": mask,
+            "p_blocks": blocks,
+            "blocks_b": blocks.stride(0) if blocks is not None and blocks.shape[0] > 1 else 0,
+            "blocks_h": blocks.stride(1) if blocks is not None and blocks.shape[1] > 1 else 0,
+            "blocks_t": 0 if blocks is None else blocks.stride(2),
+            "split_from": 0,
             "p_part_acc": None,
             "p_part_sum": None,
             "p_part_seen": None,
@@ -155,15 +171,34 @@ class Launch:
             "SPLIT": False,
             "CAUSAL": mask is None and call.is_causal and length > 1,
             "MASK": kind,
-            "SKIP": kind != 0 and not fold and strides[2] != 0,
+            "BRANCHES": 1,
             **plan.stream_constants(),
             "PRECISION": precision(call.query),
+        }
+
+    def drawing(self, plan: Plan) -> dict[str, Any]:
+        """Arguments for random and shuffled maps: places of keys and rows, where each key's weight goes."""
+        call, bits = self.call, plan.map_bits
+        places, rows, gather = None, None, None
+        if bits & plans.DRAWN:
+            places = places_of(call)
+            offset = call.key.shape[2] - call.query.shape[2]
+            if call.groups is not None and call.groups.offset is not None:
+                offset = call.groups.offset
+            rows = places[:, offset : offset + call.query.shape[2]]
+        if bits & plans.GATHERED:
+            gather = destinations(call)
+        return {
+            "p_places": places,
+            "p_row_places": rows,
+            "p_gather": gather,
+            "places_b": 0 if places is None else places.stride(0),
         }
 
     def prefill(self, plan: Plan, start: int, stop: int) -> list[Work]:
         """Rows start:stop, a tile of rows of one head per program."""
         b, h, _, d = self.call.query.shape
-        tile = plans.prefill_tile(power_of_two(d), len(plan.classes), self.call.query.dtype == torch.float32)
+        tile = plans.prefill_tile(power_of_two(d), plan.accumulators, self.call.query.dtype == torch.float32)
         grid = (-(-(stop - start) // tile.rows), b * h, 1)
         return [Work(attend_kernel, grid, self.stream(plan, start, stop, tile, fold=False), tile.warps, tile.stages)]
 
@@ -183,8 +218,8 @@ class Launch:
             return [work]
         parts, width = splits * b * h_kv * rows, call.value.shape[3]
         state = {
-            "p_part_acc": empty(parts, len(plan.classes), width, like=call.query, dtype=torch.float32),
-            "p_part_sum": empty(parts, 12, like=call.query, dtype=torch.float32),
+            "p_part_acc": empty(parts, plan.accumulators, width, like=call.query, dtype=torch.float32),
+            "p_part_sum": empty(parts, plan.state, like=call.query, dtype=torch.float32),
             "p_part_seen": empty(parts, like=call.query, dtype=torch.int32),
         }
         arguments |= {"chunk": chunk, "SPLIT": True, **state}
@@ -202,7 +237,7 @@ def prepare(
     first = first_edited_row(call)
     bare = plans.make_plan((), False, dict(plan.counters).get(plans.SCALE_SLOT))
     assert isinstance(bare, Plan)
-    if length <= DECODE_ROWS and not causal:
+    if length <= DECODE_ROWS and not causal and not plan.map_bits & plans.GATHERED:
         return launch, launch.decode(bare if first >= length else plan)
     if first < DECODE_ROWS:  # a launch of its own would cost more than the few rows
         first = 0
@@ -260,6 +295,33 @@ def row_masks(groups: KeyGroups | None) -> dict[Rows, Tensor]:
     if groups is None:
         return {}
     return {kind: mask.contiguous().view(torch.uint8) for kind, mask in groups.rows.items() if mask is not None}
+
+
+def places_of(call: AttentionCall) -> Tensor:
+    """Int32[B, S]: `mmfix_kernels.maps.places` in one launch."""
+    assert call.groups is not None
+    labels = call.groups.labels
+    labels = labels if labels.stride(1) == 1 else labels.contiguous()
+    places = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+    if labels.device.type != "meta":
+        places_kernel[(labels.shape[0],)](labels, places, labels.stride(0), labels.shape[1], BLOCK=1024, num_warps=4)
+    return places
+
+
+def destinations(call: AttentionCall) -> Tensor:
+    """Int32[B, H, S]: the key that takes each key's weight under the call's shuffled map."""
+    assert call.groups is not None
+    (edit,) = (edit for edit in call.edits if isinstance(edit, MapReplacement))
+    b, h, keys = call.query.shape[0], call.query.shape[1], call.key.shape[2]
+    if call.query.device.type == "meta":
+        return torch.empty(b, h, keys, dtype=torch.int32, device="meta")
+    order = permutation(edit.seed, h, call.groups.labels).argsort(-1)
+    itself = torch.arange(keys, device=order.device)
+    if edit.heads is not None:
+        order = torch.where(head_mask(edit.heads, h, order.device)[None, :, None], order, itself)
+    if edit.batch is not None:
+        order = torch.where(edit.batch.to(order.device)[:, None, None], order, itself)
+    return order.to(torch.int32).contiguous()
 
 
 def key_counts(call: AttentionCall) -> Tensor:

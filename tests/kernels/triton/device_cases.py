@@ -116,11 +116,11 @@ def make(
     )  # fmt: skip
 
 
-def check(call: AttentionCall) -> torch.Tensor:
-    """Output, masses and counters against float64."""
+def check(call: AttentionCall, condition: float = 1.0) -> torch.Tensor:
+    """Output, masses and counters against float64; `condition` is how much an edit enlarges errors of rounding."""
     assert backend.why_not(moved(call)) == ""
     want, got = exact(call), serve(call)
-    allowed = allowance(call, float(want.output.abs().max()))
+    allowed = allowance(call, float(want.output.abs().max())) * condition
     error = float((got.output.double() - want.output).abs().max())
     assert error <= allowed, f"output is off by {error:.3g}; allowed {allowed:.3g}"
     if call.query.dtype == torch.float32:  # in half precision a gate may tip over on the rounding of the scores
@@ -129,7 +129,7 @@ def check(call: AttentionCall) -> torch.Tensor:
         rows = want.masses if call.masses == "all" else want.masses[:, :, -1:]
         assert got.masses is not None
         worst = float((got.masses.double() - rows).abs().max())
-        assert worst <= 40 * call.query.shape[-1] ** 0.5 * torch.finfo(call.query.dtype).eps
+        assert worst <= 40 * call.query.shape[-1] ** 0.5 * torch.finfo(call.query.dtype).eps * condition
     return got.output
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmfix_kernels import AttentionCall, Group, HeadScale, MassMove, Rows, ScoreEdit
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from replaced import replaced
+
+from mmfix_kernels import AttentionCall, Group, HeadScale, MapReplacement, MassMove, Rows, ScoreEdit
 
 
 @dataclass
@@ -77,6 +82,8 @@ def exact(call: AttentionCall) -> Exact:
     for n, edit in enumerate(call.edits):
         if isinstance(edit, MassMove):
             weights, fired[n] = moved(call, edit, weights, allowed)
+        elif isinstance(edit, MapReplacement):
+            weights, fired[n] = replaced(call, edit, weights, allowed)
     output = weights @ value
     for n, edit in enumerate(call.edits):
         if isinstance(edit, HeadScale):
