@@ -89,7 +89,7 @@ def column_kernel(
 
 def column_mass(call: AttentionCall, rows: Rows) -> Tensor:
     """Float32[B, H, S]: see `mmfix_kernels.statistics.column_mass`."""
-    from mmfix_kernels.triton import launch, plan_of
+    from mmfix_kernels.triton import launch, plan_of, tensors
 
     bare = replace(call, edits=[e for e in call.edits if isinstance(e, ScoreEdit)], masses="none")
     plan = plan_of(bare)
@@ -97,7 +97,7 @@ def column_mass(call: AttentionCall, rows: Rows) -> Tensor:
     made = launch.Launch(bare, plan, False, bare.query.dtype)
     b, h, length, d = call.query.shape
     keys = call.key.shape[2]
-    tile = (32, 32) if launch.power_of_two(d) >= 128 or call.query.dtype == torch.float32 else (64, 64)
+    tile = (32, 32) if tensors.power_of_two(d) >= 128 or call.query.dtype == torch.float32 else (64, 64)
     stream = made.stream(plan, 0, length, replace_tile(tile), fold=False)
     names = ("p_labels", "p_mask", "p_rows1", "p_rows2", "p_rows3", "p_heads", "p_params", "labels_b", "mask_b")
     names += ("mask_h", "mask_l", "mask_s", "heads_b", "q_b", "q_h", "q_l", "k_b", "k_h", "k_s", "p_q", "p_k", "H", "L")
@@ -135,7 +135,8 @@ def divergence_kernel(p_a, p_b, p_distance, p_size, a_b, a_h, b_b, b_h, H, D: tl
 
 def head_divergence(heads: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
     """Float32[B, H] twice: see `mmfix_kernels.statistics.head_divergence`."""
-    from mmfix_kernels.triton.launch import empty, power_of_two, unit_stride
+    from mmfix_kernels.triton.launch import empty
+    from mmfix_kernels.triton.tensors import power_of_two, unit_stride
 
     heads, without = unit_stride(heads), unit_stride(without)
     b, h, d = heads.shape

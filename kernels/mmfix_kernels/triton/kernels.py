@@ -92,7 +92,7 @@ def load_tile(p, b_off, b_dim_in, b_col_in, FULL_DIM: tl.constexpr, EDGE: tl.con
 # Arguments that change from call to call: specialising on their divisibility would recompile in mid-generation.
 VARYING = [
     "S", "chunk", "start", "stop", "mass_start", "labels_b", "mask_b", "mask_h", "mask_l", "places_b", "blocks_b",
-    "blocks_h", "blocks_t", "split_from",
+    "blocks_h", "blocks_t", "split_from", "row_places_b",
 ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def attend_kernel(
     p_q, p_k, p_v, p_out, p_labels, p_mask, p_blocks, p_rows1, p_rows2, p_rows3, p_heads, p_params, p_count, p_scale,
     p_fired, p_masses, p_stats, p_maps, p_places, p_row_places, p_gather, p_part_acc, p_part_sum, p_part_seen,
     q_b, q_h, q_l, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_l, labels_b, mask_b, mask_h, mask_l, mask_s,
-    blocks_b, blocks_h, blocks_t, places_b, heads_b, scale_b,
+    blocks_b, blocks_h, blocks_t, places_b, row_places_b, heads_b, scale_b,
     H, L, S, start, stop, chunk, mass_start, factor, lowest, split_from,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, GROUP: tl.constexpr, BRANCHES: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
@@ -174,7 +174,7 @@ def attend_kernel(
             plain = tl.max((b_valid & ((b_kind == 0) | (b_kind > 2))).to(tl.int32), axis=0) > 0
         if (DRAWN & MAPS) != 0:
             p_places += item.to(tl.int64) * places_b
-            b_word = first_words(p_maps, p_row_places, b_heads, b_rows, b_head, b_row, b_item, places_b)
+            b_word = first_words(p_maps, p_row_places, b_heads, b_rows, b_head, b_row, b_item, row_places_b)
         if (RELEASED & MAPS) != 0:
             if mapped:  # over all keys, also those that the row may not see
                 for first in range(begin, end, BLOCK_N):

@@ -43,10 +43,10 @@ def kind_of_rows(p_maps, b_heads, b_rows, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def first_words(p_maps, p_row_places, b_heads, b_rows, b_head, b_row, b_item, places_b):
+def first_words(p_maps, p_row_places, b_heads, b_rows, b_head, b_row, b_item, row_places_b):
     """State [M] of the generator after seed, head and row."""
     b_word = kind_of_rows(p_maps, b_heads, b_rows, 2).to(tl.uint32)
-    b_place = tl.load(p_row_places + b_item * places_b + b_row, mask=(b_rows & 1) != 0, other=0)
+    b_place = tl.load(p_row_places + b_item * row_places_b + b_row, mask=(b_rows & 1) != 0, other=0)
     return mix(mix(b_word, b_head), b_place)
 
 
