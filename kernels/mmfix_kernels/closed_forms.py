@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import AttentionCall, additive_mask
-from mmfix_kernels.edits import HeadScale, Label, MapReplacement, Rows, head_mask
+from mmfix_kernels.edits import HeadScale, Label, MapReplacement, head_mask
 from mmfix_kernels.maps import DEGENERATE, permutation, replace_rows
 
 CHUNK = 1 << 24  # mask entries or scores held at once
@@ -49,16 +49,14 @@ def chosen_items(batch: Tensor | None, count: int) -> tuple[bool, ...]:
 
 def why_not(call: AttentionCall) -> str:
     """Why `attend` leaves the call to the whole map; "" when it serves it."""
-    if call.query.shape[2] == 1 or call.masses != "none" or call.softcap is not None:
-        return "one row, group masses or a soft cap"
+    if call.query.shape[2] == 1 or call.masses != "none" or call.softcap is not None or call.prefix_key is not None:
+        return "one row, group masses, a soft cap or a shared prefix"
     if any(not isinstance(edit, (MapReplacement, HeadScale)) for edit in call.edits):
         return "edits on scores or masses in the same call"
     taken = [0] * call.query.shape[0]
     for edit in replacements(call):
         if edit.kind == "shuffled" and (call.mask is not None or call.is_causal):
             return "a shuffled map under a mask: weights move to hidden keys"
-        if rows_of(call, edit) is not None:
-            return "only some query rows are replaced"
         for n, chosen in enumerate(chosen_items(edit.batch, len(taken))):
             taken[n] += chosen
     return "two replacements of one map" if max(taken) > 1 else ""
@@ -66,12 +64,6 @@ def why_not(call: AttentionCall) -> str:
 
 def replacements(call: AttentionCall) -> list[MapReplacement]:
     return [edit for _, edit in call.weight_edits if isinstance(edit, MapReplacement)]
-
-
-def rows_of(call: AttentionCall, edit: MapReplacement) -> Tensor | None:
-    """Bool[B, L] of the query rows that the edit may touch; None means all (padding rows attend to nothing anyway)."""
-    kind = getattr(edit, "rows", Rows.ALL)
-    return None if call.groups is None or kind is Rows.ALL else call.groups.rows[kind]
 
 
 def attend(call: AttentionCall, plain: Callable[[AttentionCall], Tensor], fired: Tensor) -> Tensor:
@@ -94,11 +86,12 @@ def attend(call: AttentionCall, plain: Callable[[AttentionCall], Tensor], fired:
         fired[number, 1] += b * h * length
         if not items:
             continue
-        new, changed = replaced_rows(pick(call, items), edit)
-        if edit.heads is not None:
-            chosen = head_mask(edit.heads, h, new.device)[None, :, None]
-            kept = plain(pick(call, items))
-            new, changed = torch.where(chosen[..., None], new, kept.float()), changed & chosen
+        some = pick(call, items)
+        new, changed = replaced_rows(some, edit)
+        chosen = touched(some, edit)
+        if chosen is not None:
+            new = torch.where(chosen[..., None], new, plain(some).float())
+            changed = changed & chosen
         output[items] = new.to(output.dtype)
         fired[number, 0] += changed.expand(len(items), h, length).sum()
         for n in items:
@@ -107,6 +100,17 @@ def attend(call: AttentionCall, plain: Callable[[AttentionCall], Tensor], fired:
     if items:
         output[items] = plain(pick(call, items))
     return output
+
+
+def touched(call: AttentionCall, edit: MapReplacement) -> Tensor | None:
+    """Bool broadcastable to [B, H, L] of the heads and rows that the edit selects; None means all."""
+    assert call.groups is not None
+    rows = call.groups.rows[edit.rows]
+    chosen = None if rows is None else rows[:, None]
+    if edit.heads is not None:
+        heads = head_mask(edit.heads, call.query.shape[1], call.query.device)[None, :, None]
+        chosen = heads if chosen is None else chosen & heads
+    return chosen
 
 
 def pick(call: AttentionCall, items: list[int]) -> AttentionCall:
@@ -188,7 +192,7 @@ def output_and_peak(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def _in_chunks(call: AttentionCall, edit: MapReplacement) -> tuple[Tensor, Tensor]:
     """The definition, a chunk of rows at a time."""
     assert call.groups is not None
-    whole = replace(edit, batch=None, heads=None)
+    whole = replace(edit, batch=None, heads=None)  # rows are chosen by `touched`
     value, outputs, changes = repeated(call), [], []
     for start, stop in _spans(call):
         weights, allowed = plain_weights(call, start, stop)

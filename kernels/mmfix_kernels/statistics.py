@@ -52,6 +52,8 @@ def why_no_column_kernel(call: AttentionCall) -> str:
     """Why the Triton kernel cannot serve the call; "" when it can."""
     if any(isinstance(edit, (MassMove, MapReplacement)) for edit in call.edits):
         return "the column kernel knows the softmax only, not what is done to its weights"
+    if call.prefix_key is not None:
+        return "the column kernel reads no shared prefix"
     return triton.why_not(replace(call, masses="none"))
 
 
@@ -80,34 +82,24 @@ def column_mass(call: AttentionCall, rows: Rows = Rows.ALL, backend: str | None 
         return ColumnMass(kernel(call, rows), "triton")
     told = reason if forced_backend() == "triton" else ""
     edited = any(isinstance(edit, (ScoreEdit, MassMove, MapReplacement)) for edit in call.edits)
-    if backend == "reference" or edited or call.softcap is not None or _prefixed(call):
+    if backend == "reference" or edited or call.softcap is not None or call.prefix_key is not None:
         return ColumnMass(column_reference(call, rows), "reference", told)
     return ColumnMass(_column_chunks(call, rows), "sdpa", told)
 
 
 def column_reference(call: AttentionCall, rows: Rows = Rows.ALL) -> Tensor:
     """The definition: the whole map, which attention itself returns when the values are the identity."""
-    b, h_kv, keys = call.key.shape[0], call.key.shape[1], call.key.shape[2]
-    bare = replace(call, edits=[e for e in call.edits if isinstance(e, (ScoreEdit, MassMove, MapReplacement))])
-    fields = {"masses": "none"}
-    identity = torch.eye(keys + _prefix_length(call), device=call.key.device)
-    if _prefixed(call):
-        first = identity[: -keys or None].expand(call.prefix_key.shape[0], h_kv, -1, -1)  # type: ignore[attr-defined]
-        fields["prefix_value"] = first.to(call.value.dtype)
-    value = identity[-keys:].expand(b, h_kv, -1, -1).to(call.value.dtype)
-    wide = {name: getattr(call, name).float() for name in ("query", "key")}
-    bare = replace(bare, **wide, value=value.float(), **fields)
-    weights = grouped_attention(bare, "reference").output
+    b, h_kv, _, _ = call.key.shape
+    edits = [e for e in call.edits if isinstance(e, (ScoreEdit, MassMove, MapReplacement))]
+    key = call.whole(call.prefix_key, call.key).float()
+    value = torch.eye(call.keys, device=key.device).expand(b, h_kv, -1, -1)
+    whole = replace(
+        call, query=call.query.float(), key=key, value=value, prefix_key=None, prefix_value=None, edits=edits,
+        masses="none",
+    )  # fmt: skip
+    weights = grouped_attention(whole, "reference").output
     chosen = chosen_rows(call, rows)
     return (weights if chosen is None else weights * chosen[:, None, :, None]).sum(2)
-
-
-def _prefixed(call: AttentionCall) -> bool:
-    return getattr(call, "prefix_key", None) is not None
-
-
-def _prefix_length(call: AttentionCall) -> int:
-    return int(call.prefix_key.shape[2]) if _prefixed(call) else 0  # type: ignore[attr-defined]
 
 
 def chosen_rows(call: AttentionCall, rows: Rows) -> Tensor | None:

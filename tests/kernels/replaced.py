@@ -59,7 +59,8 @@ def replaced(call: Any, edit: Any, weights: Tensor, allowed: Tensor) -> tuple[Te
     b, h, length, keys = weights.shape
     out, changed = weights.clone(), 0
     offset = keys - length if call.groups.offset is None else call.groups.offset
-    rows = call.groups.rows[edit.rows] if hasattr(edit, "rows") else None
+    decoding = length == 1 and call.groups.offset is None and call.mask is not None
+    rows = call.groups.rows[edit.rows]
     for n in range(b):
         labels = call.groups.labels[n].tolist()
         at = places(labels)
@@ -70,6 +71,11 @@ def replaced(call: Any, edit: Any, weights: Tensor, allowed: Tensor) -> tuple[Te
                 seen = allowed[n, head, row]
                 if not seen.any() or (rows is not None and not rows[n, row]):
                     continue
-                out[n, head, row] = one_row(edit, weights[n, head, row], seen, labels, head, at[offset + row])
+                place = at[offset + row]
+                if decoding:  # behind a static cache: the newest key is the last one that is seen
+                    place = (
+                        sum(label != PADDING for label, open_ in zip(labels, seen.tolist(), strict=True) if open_) - 1
+                    )
+                out[n, head, row] = one_row(edit, weights[n, head, row], seen, labels, head, place)
                 changed += bool(((out[n, head, row] - weights[n, head, row]).abs() > 1e-9).any())
     return out, [changed, b * h * length]

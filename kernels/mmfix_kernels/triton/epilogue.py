@@ -52,6 +52,13 @@ def count_fired(p_fired, b_active, b_looked, SLOT: tl.constexpr, COUNTERS: tl.co
 
 
 @triton.jit
+def count_changed(p_fired, b_changed, SLOT: tl.constexpr, COUNTERS: tl.constexpr):
+    """Add the number of changed rows alone: that a map looks at every row is known before the launch."""
+    N: tl.constexpr = (COUNTERS >> (4 * SLOT)) & 15
+    tl.atomic_add(p_fired + 2 * N, tl.sum(b_changed.to(tl.int64), axis=0))
+
+
+@triton.jit
 def move_mass(
     p_params, p_count, p_fired, b_w, b_f, b_rows, b_heads, b_seen, batch,
     N: tl.constexpr, MOVE: tl.constexpr, SEEN: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
@@ -162,7 +169,7 @@ def finish(
     else:
         b_changed = (b_kind > 0) & (b_count > 0) & (b_z > 0)
     for n in tl.static_range(N_MAPS):
-        count_fired(p_fired, b_valid & b_changed & (((b_heads >> 8) & 255) == n + 1), b_valid, 5 + n, COUNTERS)
+        count_changed(p_fired, b_valid & b_changed & (((b_heads >> 8) & 255) == n + 1), 5 + n, COUNTERS)
     if N_BINS != 0:
         if p_masses is not None:
             b_at = ((batch * H + b_head).to(tl.int64) * (L - mass_start) + b_row - mass_start) * 8

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, MapReplacement, MassMove, Rows, ScoreEdit
+from mmfix_kernels.edits import NUM_LABELS, MapReplacement, MassMove, ScoreEdit
 from mmfix_kernels.triton import plan as plans
 from mmfix_kernels.triton import tables
 from mmfix_kernels.triton.kernels import attend_kernel
@@ -68,7 +68,7 @@ def first_edited_row(call: AttentionCall) -> int:
     if call.groups is not None:
         for edit in call.edits:
             if isinstance(edit, (ScoreEdit, MassMove, MapReplacement)):
-                first = min(first, call.groups.first[getattr(edit, "rows", Rows.ALL)])
+                first = min(first, call.groups.first[edit.rows])
     return first
 
 
@@ -111,7 +111,8 @@ class Launch:
         if call.masses != "none":
             self.masses = empty(b, h, length - self.mass_start, NUM_LABELS, like=call.query, dtype=torch.float32)
         self.stats = empty(b, h, length, 2, like=call.query, dtype=torch.float32) if stats else None
-        self.fired = torch.zeros(len(call.edits), 2, dtype=torch.int64, device=self.device)
+        maps = tuple(n for n, edit in enumerate(call.edits) if isinstance(edit, MapReplacement))
+        self.fired = tables.counters(len(call.edits), maps, b * h * length, self.device).clone()
         self.row_masks = row_masks(call.groups)
 
     def shared(self, plan: Plan) -> dict[str, Any]:
@@ -226,7 +227,8 @@ class Launch:
     def prefill(self, plan: Plan, start: int, stop: int) -> list[Work]:
         """Rows start:stop, a tile of rows of one head per program."""
         b, h, _, d = self.call.query.shape
-        tile = plans.prefill_tile(power_of_two(d), plan.accumulators, self.call.query.dtype == torch.float32)
+        wide, masked = self.query.dtype == torch.float32, self.call.mask is not None
+        tile = plans.prefill_tile(power_of_two(d), plan.accumulators, wide, masked)
         grid = (-(-(stop - start) // tile.rows), b * h, 1)
         return [Work(attend_kernel, grid, self.stream(plan, start, stop, tile, fold=False), tile.warps, tile.stages)]
 

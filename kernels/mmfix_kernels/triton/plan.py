@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import NamedTuple
 
 from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.closed_forms import chosen_items
@@ -151,24 +149,37 @@ def numbered(call: AttentionCall) -> Numbered:
     out: list[tuple[int, Planned]] = []
     for n, edit in enumerate(call.edits):
         if isinstance(edit, MapReplacement):
-            kind = getattr(edit, "rows", Rows.ALL)
-            out.append((n, MapSlot(edit.kind, edit.normalise, edit.seed, edit.heads, kind)))
+            out.append((n, MapSlot(edit.kind, edit.normalise, edit.seed, edit.heads, edit.rows)))
         elif isinstance(edit, (ScoreEdit, MassMove)):
-            out.append((n, edit if batch_of(edit) is None else replace(edit, batch=None)))  # type: ignore[call-arg]
+            out.append((n, edit if edit.batch is None else replace(edit, batch=None)))
     return tuple(out)
 
 
-def batch_of(edit: Any) -> Tensor | None:
-    """The batch rows that an edit selects; None means all."""
-    return getattr(edit, "batch", None)
+_AGREED: dict[tuple[int, int, int, tuple[int, ...]], bool] = {}
+
+
+def labels_agree(call: AttentionCall) -> bool:
+    """Whether the branches that share a prefix label its keys alike; on a GPU read once for each tensor of labels."""
+    if call.prefix_key is None or call.groups is None:
+        return True
+    labels, count, shared = call.groups.labels, call.prefix_key.shape[0], call.prefix_key.shape[2]
+    known = (labels.data_ptr(), shared, labels.shape[0], labels.stride())
+    if known not in _AGREED or labels.device.type == "cpu":
+        if len(_AGREED) > 512:
+            _AGREED.clear()
+        before = labels[:, :shared].reshape(count, -1, shared)
+        _AGREED[known] = bool((before == before[:, :1]).all())
+    return _AGREED[known]
 
 
 def conflict(call: AttentionCall) -> str:
-    """Why the order of the edits on weights cannot be kept in one epilogue; "" when it can."""
+    """Why the edits cannot be kept apart in one pass; "" when they can."""
+    if not labels_agree(call):
+        return "branches label the prefix that they share differently"
     count = call.query.shape[0]
     taken = [False] * count
     for _, edit in call.weight_edits:
-        chosen = chosen_items(batch_of(edit), count)
+        chosen = chosen_items(edit.batch, count)
         if any(a and b for a, b in zip(taken, chosen, strict=True)):
             return "an edit of weights after their map was replaced"
         if isinstance(edit, MapReplacement):
@@ -250,16 +261,25 @@ def _numbers(scores: list[ScoreEdit], moves: list[MassMove]) -> tuple[float, ...
     return tuple(out)
 
 
-def prefill_tile(width: int, classes: int, wide_scores: bool) -> Tile:
-    """Tile of the prefill kernel for a head width (power of two) and accumulators; `wide_scores`: float32 inputs."""
+def prefill_tile(width: int, accumulators: int, wide_scores: bool, masked: bool = False) -> Tile:
+    """Tile of the prefill kernel.
+
+    Args:
+        width: head width (power of two).
+        accumulators: key classes and replaced maps.
+        wide_scores: float32 inputs.
+        masked: whether a mask tensor is read, which takes registers.
+    """
     if wide_scores:
         return Tile(32, 32, 4, 1) if width >= 128 else Tile(64, 32, 4, 1)
     if width >= 256:
-        return Tile(64, 32, 8, 2) if classes <= 2 else Tile(32, 32, 8, 2)
-    if classes == 1:
+        return Tile(64, 32, 8, 2) if accumulators <= 2 else Tile(32, 32, 8, 2)
+    if accumulators == 1 and not (masked and width >= 128):
         return Tile(128, 64, 8, 3) if width >= 128 else Tile(128, 64, 4, 3)
+    if accumulators == 1:
+        return Tile(128, 32, 8, 3)
     if width >= 128:  # 64 keys at once would spill
-        return Tile(64, 32, 8, 2) if classes <= 3 else Tile(32, 32, 8, 2)
+        return Tile(64, 32, 8, 2) if accumulators <= 3 else Tile(32, 32, 8, 2)
     return Tile(64, 32, 4, 2)
 
 

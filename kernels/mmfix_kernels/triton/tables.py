@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.closed_forms import chosen_items
-from mmfix_kernels.edits import Rows
-from mmfix_kernels.triton.plan import MAP_KIND, MAP_SLOT, ROW_BIT, MapSlot, Plan, batch_of
+from mmfix_kernels.edits import HeadScale, Rows
+from mmfix_kernels.triton.plan import MAP_KIND, MAP_SLOT, ROW_BIT, MapSlot, Plan
 
 # First bit of the slot, or the number of the map shifted by eight; heads; batch rows. None means all.
 Selected = tuple[int, tuple[int, ...] | None, tuple[bool, ...] | None]
@@ -33,7 +33,8 @@ def selected(call: AttentionCall, plan: Plan) -> tuple[Selected, ...]:
     count = call.query.shape[0]
 
     def items(slot: int) -> tuple[bool, ...] | None:
-        batch = batch_of(edits[number[slot]]) if slot in number else None
+        edit = edits[number[slot]] if slot in number else None
+        batch = None if edit is None or isinstance(edit, HeadScale) else edit.batch
         return None if batch is None else chosen_items(batch, count)
 
     slots = [(1 << slot, heads, items(slot)) for slot, heads in plan.heads]
@@ -69,3 +70,10 @@ def map_tensor(maps: tuple[MapSlot, ...], row_masks: frozenset[Rows], device: to
         table.append([MAP_KIND[one.kind], int(one.normalise), word - (1 << 32) * (word >= 1 << 31), bit])
     with torch.inference_mode(False):
         return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def counters(edits: int, maps: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+    """Int64[edits, 2] to start counting from: a replaced map looks at every row."""
+    with torch.inference_mode(False):
+        return torch.tensor([[0, rows * (n in maps)] for n in range(edits)], dtype=torch.int64).view(-1, 2).to(device)

@@ -89,22 +89,3 @@ def broadcast_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
     sizes, strides = (1,) * (4 - mask.dim()) + tuple(mask.shape), (0,) * (4 - mask.dim()) + mask.stride()
     b, h, rows, keys = (0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
     return b, h, rows, keys
-
-
-_AGREED: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], bool] = {}
-
-
-def labels_agree(call: AttentionCall) -> bool:
-    """Whether the branches that share a prefix label its keys alike; read once for each tensor of labels."""
-    if call.prefix_key is None or call.groups is None:
-        return True
-    labels, count = call.groups.labels, call.prefix_key.shape[0]
-    if labels.shape[0] == count:
-        return True
-    known = (labels.data_ptr(), call.prefix_key.shape[2], (labels.shape[0],), labels.stride())
-    if known not in _AGREED or labels.device.type == "cpu":
-        if len(_AGREED) > 512:
-            _AGREED.clear()
-        shared = labels[:, : call.prefix_key.shape[2]].reshape(count, -1, call.prefix_key.shape[2])
-        _AGREED[known] = bool((shared == shared[:, :1]).all())
-    return _AGREED[known]

@@ -64,9 +64,10 @@ def moved(call: AttentionCall) -> AttentionCall:
     groups = call.groups
     if groups is not None:
         rows = {kind: None if mask is None else mask.to(DEVICE) for kind, mask in groups.rows.items()}
-        groups = KeyGroups(labels=on_device(groups.labels), rows=rows, first=groups.first)
+        groups = replace(groups, labels=on_device(groups.labels), rows=rows)
     mask = None if call.mask is None else on_device(call.mask)
-    tensors = {name: on_device(getattr(call, name)) for name in ("query", "key", "value")}
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    tensors = {name: on_device(getattr(call, name)) for name in names if getattr(call, name) is not None}
     return replace(call, mask=mask, groups=groups, **tensors)
 
 
