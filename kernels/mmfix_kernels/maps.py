@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfix_kernels.edits import Label, MapReplacement, head_mask
 
-_DEGENERATE = 1e-6  # a reversed row with less mass than this is one key, or equal scores
+DEGENERATE = 1e-6  # a reversed row with less mass than this is one key, or equal scores
 
 
 def places(labels: Tensor) -> Tensor:
@@ -102,26 +102,31 @@ def _reversed(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, 
     largest = w.amax(-1, keepdim=True)
     new = (largest - w) * allowed
     mass = new.sum(-1, keepdim=True)
-    degenerate = mass <= _DEGENERATE
+    degenerate = mass <= DEGENERATE
     if not edit.normalise:
         return new
-    return torch.where(degenerate, w, new / mass.clamp(min=_DEGENERATE))
+    return torch.where(degenerate, w, new / mass.clamp(min=DEGENERATE))
+
+
+def permutation(seed: int, heads: int, labels: Tensor) -> Tensor:
+    """Int64[B, heads, S]: key ``j`` takes the weight of key ``permutation[j]``; padding keys stay where they are."""
+    b, s_len = labels.shape
+    padding = labels == int(Label.PADDING)
+    key = counter_uniform(
+        seed,
+        torch.arange(heads, device=labels.device)[None, :, None],
+        torch.zeros(1, 1, 1, dtype=torch.long, device=labels.device),
+        places(labels)[:, None, :],
+    )
+    key = key.masked_fill(padding[:, None, :], 2.0)  # padding stays at the end
+    order = key.expand(b, heads, s_len).argsort(dim=-1, stable=True)
+    real = (~padding).long().argsort(dim=-1, descending=True, stable=True)  # where real keys stand
+    return torch.empty_like(order).scatter_(-1, real[:, None, :].expand_as(order), order)
 
 
 def _shuffled(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """Keys permuted per head, the same permutation for every row."""
-    b, h, _, s_len = w.shape
-    key = counter_uniform(
-        edit.seed,
-        torch.arange(h, device=w.device)[None, :, None],
-        torch.zeros(1, 1, 1, dtype=torch.long, device=w.device),
-        places(labels)[:, None, :],
-    )
-    key = key.masked_fill((labels == int(Label.PADDING))[:, None, :], 2.0)  # padding stays at the end
-    order = key.expand(b, h, s_len).argsort(-1)
-    real = (labels != int(Label.PADDING)).long().argsort(dim=-1, descending=True, stable=True)  # where real keys stand
-    permutation = torch.empty_like(order).scatter_(-1, real[:, None, :].expand_as(order), order)
-    return w.gather(-1, permutation[:, :, None, :].expand_as(w))
+    return w.gather(-1, permutation(edit.seed, w.shape[1], labels)[:, :, None, :].expand_as(w))
 
 
 _REPLACE = {"uniform": _uniform, "random": _random, "reversed": _reversed, "shuffled": _shuffled}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfix_kernels import closed_forms
 from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
 from mmfix_kernels.edits import (
     NUM_LABELS,
@@ -52,14 +53,19 @@ def attend(call: AttentionCall) -> Attended:
             prefix_value=None,
         )
     first = 0 if call.prefix_key is not None else _first_edited_row(call)
-    masses = None
+    masses: Tensor | None = None
     items = _edited_items(call) if first < q_len else None
     if first >= q_len:
         output = _fused(call, q_len)
+    elif any(isinstance(e, MapReplacement) for e in call.edits) and not closed_forms.why_not(call):
+        output = closed_forms.attend(call, lambda plain: _fused(plain, q_len), fired)
     elif items is not None:
         output = _fused(call, q_len)
         some = _items(call, items)
         edited, _ = _dense(some, first, fired)
+        for n, edit in call.weight_edits:
+            if isinstance(edit, MapReplacement):  # looked at in every batch item, changed in some
+                fired[n, 1] += (call.query.shape[0] - len(items)) * call.query.shape[1] * (q_len - first)
         output = output.index_copy(0, items, torch.cat([output.index_select(0, items)[:, :, :first], edited], dim=2))
     else:
         output, masses = _dense(call, first, fired)

@@ -1,22 +1,39 @@
-"""Replaced maps: closed forms against maps written out in float64, degenerate rows, and the counter generator."""
+"""Replaced maps: both backends against maps written out in float64, degenerate rows, and no map at prefill."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from replaced import noise, replaced
 
-from mmfix_kernels import AttentionCall
-from mmfix_kernels.closed_forms import MapKind, counter_random, replace, replace_reference
+from mmfix_kernels import (
+    AttentionCall,
+    Group,
+    HeadScale,
+    KeyGroups,
+    Label,
+    MapReplacement,
+    MassMove,
+    closed_forms,
+    grouped_attention,
+    sdpa,
+)
+from mmfix_kernels.maps import counter_uniform
 
 KINDS = [
-    MapKind("uniform"),
-    MapKind("uniform", normalise=False),
-    MapKind("reversed"),
-    MapKind("reversed", normalise=False),
-    MapKind("random", seed=3),
+    {"kind": "uniform"},
+    {"kind": "uniform", "normalise": False},
+    {"kind": "reversed"},
+    {"kind": "reversed", "normalise": False},
+    {"kind": "random", "seed": 3},
+    {"kind": "random", "seed": 3, "normalise": False},
+    {"kind": "shuffled", "seed": 5},
 ]
+IDS = ["-".join(str(value) for value in kind.values()) for kind in KINDS]
+by_backend = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 
 
 def padded(rows: int, keys: int, pad: int) -> torch.Tensor:
@@ -25,93 +42,166 @@ def padded(rows: int, keys: int, pad: int) -> torch.Tensor:
     return mask
 
 
-def make(rows: int, keys: int, width: int = 16, heads: int = 4, kv_heads: int = 2, **options: Any) -> AttentionCall:
+def make(rows: int, keys: int, width: int = 16, heads: int = 4, kv_heads: int = 2, pad: int = 0, **options: Any) -> Any:
+    """A call of two batch rows; with `pad`, the second is padded on the left and labelled so."""
     random = torch.Generator().manual_seed(rows * 100 + keys)
     shapes = ((2, heads, rows, width), (2, kv_heads, keys, width), (2, kv_heads, keys, width))
     query, key, value = (torch.randn(shape, generator=random) for shape in shapes)
-    return AttentionCall(query=query, key=key, value=value, **options)
+    labels = torch.zeros(2, keys, dtype=torch.int8)
+    labels[:, 1:4] = int(Label.IMAGE)
+    if pad:
+        labels[1, :pad] = int(Label.PADDING)
+        options["mask"] = padded(rows, keys, pad)
+    return AttentionCall(query=query, key=key, value=value, groups=KeyGroups.plain(labels), **options)
 
 
 CALLS = {
     "causal": make(9, 9, is_causal=True),
     "decode": make(1, 23),
     "full": make(5, 23),
-    "padded": make(9, 9, mask=padded(9, 9, 3)),
-    "padded row": make(3, 12, mask=padded(3, 12, 4)),
+    "padded": make(9, 9, pad=3),
+    "padded row": make(3, 12, pad=4),
     "per head": make(5, 5, mask=torch.ones(5, 5).tril().bool() & (torch.arange(4) < 9)[None, :, None, None]),
+    "additive": make(4, 6, mask=torch.zeros(2, 1, 4, 6).masked_fill(~padded(4, 6, 0), torch.finfo(torch.float32).min)),
 }
 
 
-def by_hand(call: AttentionCall, new: MapKind) -> torch.Tensor:
-    """Row by row in float64."""
-    b, h, rows, _ = call.query.shape
-    keys = call.key.shape[2]
-    out = torch.zeros(b, h, rows, call.value.shape[3], dtype=torch.float64)
-    noise = counter_random(new.seed, h, rows, keys, torch.device("cpu")).double()
-    repeats = h // call.key.shape[1]
-    for n in range(b):
-        for head in range(h):
-            value = call.value[n, head // repeats].double()
-            seen = [allowed_by_hand(call, n, head, i) for i in range(rows)]
-            total = max(len(at) for at in seen)
-            for i, at in enumerate(seen):
-                if not at:
-                    continue
-                scores = call.query[n, head, i].double() @ call.key[n, head // repeats, at].double().T * call.factor
-                weights = scores.softmax(-1)
-                if new.kind == "uniform":
-                    row = torch.full((len(at),), 1.0 / (len(at) if new.normalise else total)).double()
-                elif new.kind == "random":
-                    row = noise[head, i, at] / noise[head, i, at].sum()
-                elif len(at) * weights.max() - 1 < 1e-9:
-                    row = weights
-                else:
-                    row = weights.max() - weights
-                    row = row / row.sum() if new.normalise else row
-                out[n, head, i] = row @ value[at]
-    return out
+def plain64(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights in float64 and the allowed keys."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    scores = call.query.double() @ call.key.double().repeat_interleave(repeats, 1).transpose(2, 3) * call.factor
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    if call.mask is not None:
+        seen &= call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min
+    elif call.is_causal:
+        seen &= torch.ones_like(seen[0, 0]).tril()
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0), seen
 
 
-def allowed_by_hand(call: AttentionCall, n: int, head: int, row: int) -> list[int]:
-    keys = call.key.shape[2]
-    if call.mask is None:
-        return list(range(row + 1 if call.is_causal else keys))
-    mask = call.mask.expand(2, call.query.shape[1], call.query.shape[2], keys)
-    return mask[n, head, row].nonzero()[:, 0].tolist()
+def check(call: AttentionCall, backend: str) -> torch.Tensor:
+    weights, seen = plain64(call)
+    counted = []
+    for edit in call.edits:
+        if isinstance(edit, MapReplacement):
+            weights, count = replaced(call, edit, weights, seen)
+            counted.append(count)
+    want = weights @ call.value.double().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    got = grouped_attention(call, backend)
+    torch.testing.assert_close(got.output.double(), want, atol=5e-5, rtol=5e-5)
+    assert got.fired[: len(counted)].tolist() == counted
+    return got.output
 
 
+@by_backend
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("new", KINDS, ids=str)
-def test_closed_forms_equal_the_maps(name: str, new: MapKind) -> None:
-    call = CALLS[name]
-    want = by_hand(call, new)
-    for got in (replace_reference(call, new), replace(call, new)):
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_replaced_maps(name: str, kind: dict[str, Any], backend: str) -> None:
+    check(replace(CALLS[name], edits=[MapReplacement(**kind)]), backend)
 
 
+@by_backend
+@pytest.mark.parametrize("name", ["causal", "decode", "padded"])
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("where", [{"heads": (1, 2)}, {"batch": torch.tensor([False, True])}], ids=["heads", "batch"])
+def test_some_heads_or_some_batch_rows(name: str, kind: dict[str, Any], where: dict[str, Any], backend: str) -> None:
+    call = replace(CALLS[name], edits=[MapReplacement(**kind, **where)])
+    got, plain = check(call, backend), grouped_attention(replace(call, edits=()), backend).output
+    untouched = (slice(None), [0, 3]) if "heads" in where else (0,)
+    torch.testing.assert_close(got[untouched], plain[untouched])
+
+
+@by_backend
+def test_branches_with_different_maps_share_one_call(backend: str) -> None:
+    first, second = torch.tensor([True, False]), torch.tensor([False, True])
+    edits = [MapReplacement(kind="uniform", batch=first), MapReplacement(kind="random", seed=9, batch=second)]
+    check(replace(CALLS["padded"], edits=edits), backend)
+    check(replace(CALLS["padded"], edits=[edits[0], MapReplacement(kind="reversed")]), backend)  # one after the other
+
+
+@by_backend
 @pytest.mark.parametrize("normalise", [True, False])
-def test_a_row_of_equal_scores_keeps_its_output(normalise: bool) -> None:
-    call = make(1, 7)
-    call = AttentionCall(query=torch.zeros_like(call.query), key=call.key, value=call.value)
-    for function in (replace, replace_reference):
-        got = function(call, MapKind("reversed", normalise=normalise))
-        torch.testing.assert_close(got, call.value.mean(2, keepdim=True).repeat_interleave(2, 1), atol=1e-5, rtol=0)
+def test_a_row_of_equal_scores(normalise: bool, backend: str) -> None:
+    """Normalised, it keeps its output; as released it has no weight left."""
+    call = make(3, 7, edits=[MapReplacement(kind="reversed", normalise=normalise)])
+    call = replace(call, query=torch.zeros_like(call.query))
+    got = grouped_attention(call, backend).output
+    want = call.value.mean(2, keepdim=True).repeat_interleave(2, 1) * normalise
+    torch.testing.assert_close(got, want.expand_as(got), atol=1e-5, rtol=0)
 
 
-def test_the_counter_generator_is_even_and_independent_of_the_shape() -> None:
-    draws = counter_random(0, 4, 64, 64, torch.device("cpu"))
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_a_wrong_seed_or_label_is_caught(kind: dict[str, Any]) -> None:
+    call = CALLS["padded"]
+    right = check(replace(call, edits=[MapReplacement(**kind)]), "sdpa")
+    if "seed" in kind:
+        wrong = grouped_attention(replace(call, edits=[MapReplacement(**{**kind, "seed": 4})]), "sdpa").output
+        assert (wrong - right).abs().max() > 1e-2
+    labels = call.groups.labels.clone()
+    labels[0, 4] = int(Label.PADDING)
+    relabelled = replace(call, groups=KeyGroups.plain(labels), edits=[MapReplacement(**kind)])
+    if (kind.get("normalise", True) is False and kind["kind"] != "reversed") or kind["kind"] in ("random", "shuffled"):
+        assert (grouped_attention(relabelled, "sdpa").output - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("mask", [False, True])
+def test_no_chunk_holds_a_map(kind: dict[str, Any], mask: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill in pieces of one row gives the same; uniform maps of causal rows never make a score."""
+    call = CALLS["full" if kind["kind"] == "shuffled" else "padded" if mask else "causal"]
+    call = replace(call, edits=[MapReplacement(**kind), HeadScale(scale=torch.linspace(0, 2, 4))])
+    whole = grouped_attention(call, "sdpa")
+    monkeypatch.setattr(closed_forms, "CHUNK", 1)
+    monkeypatch.setattr(sdpa, "_dense", lambda *args: pytest.fail("the whole map was made"))
+    if kind["kind"] == "uniform":
+        monkeypatch.setattr(closed_forms, "plain_weights", lambda *args: pytest.fail("scores were made"))
+    pieces = grouped_attention(call, "sdpa")
+    torch.testing.assert_close(pieces.output, whole.output, atol=1e-5, rtol=1e-5)
+    assert torch.equal(pieces.fired, whole.fired)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"masses": "all"}, "group masses"),
+        ({"edits": [MassMove(source=Group.TEXT, target=Group.IMAGE, share=0.5)]}, "scores or masses"),
+        ({"edits": [MapReplacement(kind="uniform"), MapReplacement(kind="random")]}, "two replacements"),
+        ({"edits": [MapReplacement(kind="shuffled")]}, "under a mask"),
+    ],
+)
+def test_what_needs_the_map_takes_it(change: dict[str, Any], reason: str) -> None:
+    call = replace(CALLS["causal"], **{"edits": [MapReplacement(kind="uniform")], **change})
+    assert reason in closed_forms.why_not(call)
+    got, want = grouped_attention(call, "sdpa"), grouped_attention(call, "reference")
+    torch.testing.assert_close(got.output, want.output, atol=1e-5, rtol=1e-5)
+
+
+def test_the_choice_of_batch_rows_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = torch.tensor([True, False])
+    assert closed_forms.chosen_items(chosen, 2) == (True, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("read again"))
+        assert closed_forms.chosen_items(chosen, 2) == (True, False)
+    at = id(chosen)
+    del chosen
+    assert at not in closed_forms._READ
+    assert closed_forms.chosen_items(None, 3) == (True, True, True)
+
+
+def test_the_counter_generator() -> None:
+    """The same numbers as Python's integers give, even, and different for every head, row, key and seed."""
+    head, row, key = (torch.arange(n).view(shape) for n, shape in ((4, (4, 1, 1)), (64, (1, 64, 1)), (64, (1, 1, 64))))
+    draws = counter_uniform(0, head, row, key)
+    for at in ((0, 0, 0), (3, 5, 63), (1, 63, 2)):
+        assert float(draws[at]) == noise(0, *at)
+    assert float(counter_uniform(2**31 - 1, head, row, key)[2, 3, 4]) == noise(2**31 - 1, 2, 3, 4)
     assert 0 < draws.min() < 1e-3
     assert 1 - 1e-3 < draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.01
-    assert torch.equal(draws[:2, :5, :7], counter_random(0, 2, 5, 7, torch.device("cpu")))
-    assert not torch.equal(draws, counter_random(1, 4, 64, 64, torch.device("cpu")))
+    assert not torch.equal(draws, counter_uniform(1, head, row, key))
     flat = draws.reshape(4 * 64, 64) - 0.5
-    correlation = (flat @ flat.T / 64 * 12).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.7, "rows and heads repeat each other"
+    assert (flat @ flat.T / 64 * 12).fill_diagonal_(0).abs().max() < 0.7, "rows and heads repeat each other"
 
 
-@pytest.mark.parametrize("bad", [{"kind": "sideways"}, {"kind": "random", "normalise": False}])
-def test_bad_maps_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="map"):
-        MapKind(**bad)
+def test_bad_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match="MapReplacement"):
+        MapReplacement(kind="sideways")  # type: ignore[arg-type]

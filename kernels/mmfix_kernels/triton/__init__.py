@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall
-from mmfix_kernels.edits import MapReplacement
-from mmfix_kernels.triton.plan import Plan, make_plan, numbered
+from mmfix_kernels.triton.plan import Plan, conflict, make_plan, numbered
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 256
@@ -47,12 +44,6 @@ def why_not(call: AttentionCall) -> str:
     """Why the kernels cannot serve the call; "" when they can."""
     if reason := unusable():
         return reason
-    if any(isinstance(edit, MapReplacement) for edit in call.edits):
-        return "the kernel replaces no maps"
-    if call.prefix_key is not None:
-        return "the kernel reads no shared prefix"
-    if any(getattr(edit, "batch", None) is not None for edit in call.edits):
-        return "the kernel selects no batch rows"
     query, key, value = call.query, call.key, call.value
     if query.device.type != "cuda" and not interpreted():
         return "no CUDA device holds the tensors"
@@ -67,7 +58,7 @@ def why_not(call: AttentionCall) -> str:
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "the kernel has no backward pass"
     plan = plan_of(call)
-    return "" if isinstance(plan, Plan) else plan
+    return conflict(call) if isinstance(plan, Plan) else plan
 
 
 def attend(call: AttentionCall) -> Attended:
@@ -77,16 +68,6 @@ def attend(call: AttentionCall) -> Attended:
     from mmfix_kernels.triton.launch import attend as launch  # imports Triton
 
     return launch(call, plan)[0]
-
-
-def attend_with_peak(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Plain attention in float32 [B, H, L, D] and the largest weight of each row [B, H, L, 1]; edits are ignored."""
-    from mmfix_kernels.triton.launch import attend as launch
-
-    bare = replace(call, edits=(), masses="none")
-    attended, stats = launch(bare, Plan(), stats=True, dtype=torch.float32)
-    assert stats is not None
-    return attended.output, stats[..., 1:]
 
 
 def plan_of(call: AttentionCall) -> Plan | str:

@@ -18,7 +18,17 @@ from typing import Any
 import torch
 
 from mmfix_kernels.call import AttentionCall
-from mmfix_kernels.edits import Edit, Group, HeadScale, KeyGroups, MassGate, MassMove, Rows, ScoreEdit
+from mmfix_kernels.edits import (
+    Edit,
+    Group,
+    HeadScale,
+    KeyGroups,
+    MapReplacement,
+    MassGate,
+    MassMove,
+    Rows,
+    ScoreEdit,
+)
 
 GATE = MassGate(group=Group.IMAGE, min_mass=0.2, part=Group.IMAGE_SINK, max_share=0.5)
 VAR = MassMove(source=Group.SINK, target=Group.IMAGE_NONSINK, share=0.6, rows=Rows.AFTER_IMAGE, gate=GATE)
@@ -30,7 +40,14 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "mass move": (VAR,),
     "both": (PAI, VAR),
     "two moves": (VAR, SECOND),
+    "uniform map": (MapReplacement(kind="uniform"),),
+    "reversed map": (MapReplacement(kind="reversed"),),
+    "random map": (MapReplacement(kind="random"),),
+    "released map": (MapReplacement(kind="random", normalise=False),),
+    "shuffled map": (MapReplacement(kind="shuffled"),),
+    "move and map": (VAR, MapReplacement(kind="reversed", batch=torch.tensor([False]))),
 }
+PREFIX = 1024  # keys that branches share
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -39,7 +56,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 class Variant:
     """One kernel shape: what is compiled."""
 
-    phase: str  # "prefill", "masked prefill" or "decode"
+    phase: str  # "prefill", "masked prefill", "bidirectional", "decode" or "shared prefix"
     edits: str = "plain"
     width: int = 128
     dtype: str = "bf16"
@@ -53,11 +70,16 @@ class Variant:
 def variants(quick: bool = False) -> Iterator[Variant]:
     """The committed table, or (`quick`) the default configurations only."""
     if quick:
-        yield from (Variant("prefill"), Variant("prefill", "mass move"), Variant("decode", "mass move"))
+        yield from (Variant("prefill", "mass move"), Variant("decode", "mass move"), Variant("prefill", "random map"))
         return
     for phase in ("prefill", "masked prefill", "decode"):
         for edits in EDITS:
-            yield Variant(phase, edits)
+            if edits != "shuffled map" and not (phase == "masked prefill" and "map" in edits):
+                yield Variant(phase, edits)
+    yield Variant("bidirectional", "shuffled map")
+    yield Variant("masked prefill", "reversed map")
+    for edits in ("plain", "mass move", "random map"):
+        yield Variant("shared prefix", edits)
     for phase in ("prefill", "decode"):
         yield Variant(phase, "mass move", masses=True)
         for width in (32, 64, 80, 96, 256):
@@ -68,11 +90,13 @@ def variants(quick: bool = False) -> Iterator[Variant]:
 
 
 def call_of(variant: Variant) -> AttentionCall:
-    """A call on the meta device that asks for the variant."""
-    length = 1 if variant.phase == "decode" else 2048
+    """A call on the meta device that asks for the variant; a shared prefix has two branches."""
+    length = 1 if variant.phase in ("decode", "shared prefix") else 2048
+    branches = 2 if variant.phase == "shared prefix" else 1
     keys, dtype = 2048, DTYPES[variant.dtype]
-    labels = torch.zeros(1, keys, dtype=torch.int8, device="meta")
-    after = torch.zeros(1, length, dtype=torch.bool, device="meta")
+    before = PREFIX if branches > 1 else 0
+    labels = torch.zeros(branches, before + keys, dtype=torch.int8, device="meta")
+    after = torch.zeros(branches, length, dtype=torch.bool, device="meta")
     rows = {Rows.ALL: None, Rows.AFTER_IMAGE: None, Rows.LAST: None}
     groups = KeyGroups(
         labels=labels,
@@ -83,12 +107,18 @@ def call_of(variant: Variant) -> AttentionCall:
     if variant.phase == "masked prefill":
         mask = torch.zeros(1, 1, length, keys, dtype=torch.bool, device="meta")
     scale = HeadScale(scale=torch.ones(32, device="meta"))
+
+    def draw(items: int, heads: int, rows: int) -> torch.Tensor:
+        return torch.empty(items, heads, rows, variant.width, dtype=dtype, device="meta")
+
     return AttentionCall(
-        query=torch.empty(1, 32, length, variant.width, dtype=dtype, device="meta"),
-        key=torch.empty(1, 8, keys, variant.width, dtype=dtype, device="meta"),
-        value=torch.empty(1, 8, keys, variant.width, dtype=dtype, device="meta"),
+        query=draw(branches, 32, length),
+        key=draw(branches, 8, keys),
+        value=draw(branches, 8, keys),
+        prefix_key=draw(1, 8, before) if before else None,
+        prefix_value=draw(1, 8, before) if before else None,
         mask=mask,
-        is_causal=mask is None,
+        is_causal=mask is None and variant.phase != "bidirectional" and before == 0,
         groups=groups,
         edits=(*EDITS[variant.edits], scale),
         masses="all" if variant.masses else "none",

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: SIM102 (a branch on a constexpr is taken at compile time)
 """The epilogue: join the key classes, move masses through their gates, scale heads, store.
 
 Column weights ``w`` [M, 8] hold the attention mass of each bin (see `blocks`); a mass move multiplies columns, and the
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mmfix_kernels.triton.blocks import NEG_INF
+from mmfix_kernels.triton.maps import STREAMED, replaced_masses, replaced_output
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -47,6 +49,13 @@ def count_fired(p_fired, b_active, b_looked, SLOT: tl.constexpr, COUNTERS: tl.co
     N: tl.constexpr = (COUNTERS >> (4 * SLOT)) & 15
     tl.atomic_add(p_fired + 2 * N, tl.sum(b_active.to(tl.int64), axis=0))
     tl.atomic_add(p_fired + 2 * N + 1, tl.sum(b_looked.to(tl.int64), axis=0))
+
+
+@triton.jit
+def count_changed(p_fired, b_changed, SLOT: tl.constexpr, COUNTERS: tl.constexpr):
+    """Add the number of changed rows alone: that a map looks at every row is known before the launch."""
+    N: tl.constexpr = (COUNTERS >> (4 * SLOT)) & 15
+    tl.atomic_add(p_fired + 2 * N, tl.sum(b_changed.to(tl.int64), axis=0))
 
 
 @triton.jit
@@ -88,14 +97,15 @@ def move_mass(
 def finish(
     p_out, p_params, p_count, p_scale, p_fired, p_masses, p_stats,
     b_m0, b_m1, b_m2, b_m3, b_acc0, b_acc1, b_acc2, b_acc3, b_sum, b_seen, b_rows, b_heads, b_head, b_row,
+    b_racc, b_rsum, b_total, b_count, b_rbins, b_kind, b_norm,
     batch, out_b, out_h, out_l, scale_b, H, L, mass_start,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, N_CLASSES: tl.constexpr, CLASSES: tl.constexpr, N_BINS: tl.constexpr,
     N_SCORES: tl.constexpr, N_MOVES: tl.constexpr, MOVE0: tl.constexpr, MOVE1: tl.constexpr, ROWS: tl.constexpr,
-    COUNTERS: tl.constexpr,
+    COUNTERS: tl.constexpr, MAPS: tl.constexpr, N_MAPS: tl.constexpr,
 ):  # fmt: skip
     """From the state of a row to its output, masses, statistics (LSE, largest weight) and counters.
 
-    Classes beyond N_CLASSES are placeholders and are not read.
+    Classes beyond N_CLASSES are placeholders and are not read; so is the state of replaced maps where MAPS is 0.
     """
     b_valid = (b_rows & 1) != 0
     b_max = b_m0
@@ -112,6 +122,7 @@ def finish(
         b_z = b_sum * b_c0
         b_inv = tl.where(b_z > 0, 1.0 / tl.where(b_z > 0, b_z, 1.0), 0.0)
         b_out = b_acc0 * (b_c0 * b_inv)[:, None]
+        b_peak = b_inv
     else:
         b_w = tl.where(in_columns(CLASSES & 255), b_sum * b_c0[:, None], 0.0)  # [M, 8]
         if N_CLASSES > 1:
@@ -144,6 +155,22 @@ def finish(
             b_out += b_acc2 * (b_c2 * b_inv * of_class(b_f, CLASSES, 2))[:, None]
         if N_CLASSES > 3:
             b_out += b_acc3 * (b_c3 * b_inv * of_class(b_f, CLASSES, 3))[:, None]
+        b_peak = b_c0 * b_inv * of_class(b_f, CLASSES, 0)  # the largest weight after the moves
+        if N_CLASSES > 1:
+            b_peak = tl.maximum(b_peak, b_c1 * b_inv * of_class(b_f, CLASSES, 1))
+        if N_CLASSES > 2:
+            b_peak = tl.maximum(b_peak, b_c2 * b_inv * of_class(b_f, CLASSES, 2))
+        if N_CLASSES > 3:
+            b_peak = tl.maximum(b_peak, b_c3 * b_inv * of_class(b_f, CLASSES, 3))
+    if (STREAMED & MAPS) != 0:
+        b_out, b_div, b_changed = replaced_output(b_out, b_peak, b_racc, b_rsum, b_total, b_count, b_kind, b_norm, MAPS)
+        if p_masses is not None:
+            b_w = replaced_masses(b_w, b_peak, b_rbins, b_count, b_div, b_kind, MAPS)
+    else:
+        b_changed = (b_kind > 0) & (b_count > 0) & (b_z > 0)
+    for n in tl.static_range(N_MAPS):
+        count_changed(p_fired, b_valid & b_changed & (((b_heads >> 8) & 255) == n + 1), 5 + n, COUNTERS)
+    if N_BINS != 0:
         if p_masses is not None:
             b_at = ((batch * H + b_head).to(tl.int64) * (L - mass_start) + b_row - mass_start) * 8
             b_wanted = b_valid & (b_row >= mass_start)

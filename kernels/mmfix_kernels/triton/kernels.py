@@ -1,11 +1,12 @@
 # mypy: ignore-errors
-# ruff: noqa: SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
+# ruff: noqa: SIM102, SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
 """The two attention kernels: `attend_kernel` streams over keys, `merge_kernel` joins the parts of a split stream.
 
 A program of `attend_kernel` owns BLOCK_M query rows. With FOLD the rows of all query heads of one key head form the
 row axis (decode: keys are read once for the whole group); without, a tile lies in one head (prefill). The state per
-row is one maximum and one accumulator per key class and one sum per bin; `finish` turns it into output, masses and
-counters. With SPLIT each program sees one chunk of the keys and leaves its state for `merge_kernel`.
+row is one maximum and one accumulator per key class and one sum per bin, and for a replaced map one more accumulator;
+`finish` turns it into output, masses and counters. With SPLIT each program sees one chunk of the keys and leaves its
+state for `merge_kernel`; with BRANCHES > 1 the rows of all branches of a prompt share the keys they read.
 """
 
 from __future__ import annotations
@@ -15,41 +16,62 @@ import triton.language as tl
 
 from mmfix_kernels.triton.blocks import LOG2E, NEG_INF, absorb, absorb_some, edit_scores, matmul, see, see_all
 from mmfix_kernels.triton.epilogue import finish, touched
+from mmfix_kernels.triton.maps import (
+    DRAWN,
+    GATHERED,
+    PADDING,
+    RELEASED,
+    STREAMED,
+    drawn_weights,
+    first_words,
+    kind_of_rows,
+    sums_by_label,
+)
 
 
 @triton.jit
-def locate_rows(tile, head, start, stop, L, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr):
-    """Query head [M], row [M] and validity [M] of a tile; `head` is a key head under FOLD, else a query head."""
+def locate_rows(
+    tile, batch, head, start, stop, L, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
+    BRANCHES: tl.constexpr,
+):  # fmt: skip
+    """Batch row, query head, row and validity of a tile, [M] each; `head` is a key head under FOLD, else a query head.
+
+    `batch` counts prompts; the BRANCHES of one prompt are neighbouring batch rows.
+    """
     b_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if FOLD:
-        b_head = head * GROUP + b_index // L
-        b_row = b_index % L
-        b_valid = b_index < GROUP * L
+        b_inside = b_index % (GROUP * L)
+        b_item = batch * BRANCHES + b_index // (GROUP * L)
+        b_head = head * GROUP + b_inside // L
+        b_row = b_inside % L
+        b_valid = b_index < BRANCHES * GROUP * L
     else:
+        b_item = batch + b_index * 0
         b_head = head + b_index * 0
         b_row = start + b_index
         b_valid = b_row < stop
-    return b_head, b_row, b_valid
+    return b_item, b_head, b_row, b_valid
 
 
 @triton.jit
-def row_bits(p_rows1, p_rows2, p_rows3, b_row, b_valid, batch, L):
+def row_bits(p_rows1, p_rows2, p_rows3, b_item, b_row, b_valid, L):
     """Bit 0: the row exists; bit k: row mask k touches it. [M]"""
     b_bits = b_valid.to(tl.int32)
+    b_at = b_item * L + b_row
     if p_rows1 is not None:
-        b_bits = b_bits | (tl.load(p_rows1 + batch * L + b_row, mask=b_valid, other=0).to(tl.int32) << 1)
+        b_bits = b_bits | (tl.load(p_rows1 + b_at, mask=b_valid, other=0).to(tl.int32) << 1)
     if p_rows2 is not None:
-        b_bits = b_bits | (tl.load(p_rows2 + batch * L + b_row, mask=b_valid, other=0).to(tl.int32) << 2)
+        b_bits = b_bits | (tl.load(p_rows2 + b_at, mask=b_valid, other=0).to(tl.int32) << 2)
     if p_rows3 is not None:
-        b_bits = b_bits | (tl.load(p_rows3 + batch * L + b_row, mask=b_valid, other=0).to(tl.int32) << 3)
+        b_bits = b_bits | (tl.load(p_rows3 + b_at, mask=b_valid, other=0).to(tl.int32) << 3)
     return b_bits
 
 
 @triton.jit
-def head_bits(p_heads, b_head, b_valid):
-    """Bit n: the edit in slot n acts on the head of this row. [M]"""
+def head_bits(p_heads, b_item, b_head, b_valid, heads_b):
+    """Bit n: the edit in slot n acts on this row's batch row and head; from bit 8 on the number of its map. [M]"""
     if p_heads is not None:
-        b_bits = tl.load(p_heads + b_head, mask=b_valid, other=0)
+        b_bits = tl.load(p_heads + b_item * heads_b + b_head, mask=b_valid, other=0)
     else:
         b_bits = b_head * 0 + 15
     return b_bits
@@ -68,26 +90,31 @@ def load_tile(p, b_off, b_dim_in, b_col_in, FULL_DIM: tl.constexpr, EDGE: tl.con
 
 
 # Arguments that change from call to call: specialising on their divisibility would recompile in mid-generation.
-VARYING = ["S", "chunk", "start", "stop", "mass_start", "labels_b", "mask_b", "mask_h", "mask_l"]
+VARYING = [
+    "S", "chunk", "start", "stop", "mass_start", "labels_b", "mask_b", "mask_h", "mask_l", "places_b", "blocks_b",
+    "blocks_h", "blocks_t", "split_from", "row_places_b",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attend_kernel(
-    p_q, p_k, p_v, p_out, p_labels, p_mask, p_rows1, p_rows2, p_rows3, p_heads, p_params, p_count, p_scale, p_fired,
-    p_masses, p_stats, p_part_acc, p_part_sum, p_part_seen,
-    q_b, q_h, q_l, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_l, labels_b, mask_b, mask_h, mask_l, mask_s, scale_b,
-    H, L, S, start, stop, chunk, mass_start, factor, lowest,
+    p_q, p_k, p_v, p_out, p_labels, p_mask, p_blocks, p_rows1, p_rows2, p_rows3, p_heads, p_params, p_count, p_scale,
+    p_fired, p_masses, p_stats, p_maps, p_places, p_row_places, p_gather, p_part_acc, p_part_sum, p_part_seen,
+    q_b, q_h, q_l, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_l, labels_b, mask_b, mask_h, mask_l, mask_s,
+    blocks_b, blocks_h, blocks_t, places_b, row_places_b, heads_b, scale_b,
+    H, L, S, start, stop, chunk, mass_start, factor, lowest, split_from,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, SKIP: tl.constexpr, N_CLASSES: tl.constexpr, CLASSES: tl.constexpr, N_BINS: tl.constexpr,
+    BLOCK_V: tl.constexpr, GROUP: tl.constexpr, BRANCHES: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, N_CLASSES: tl.constexpr, CLASSES: tl.constexpr, N_BINS: tl.constexpr,
     BINS: tl.constexpr, N_SCORES: tl.constexpr, SCORES: tl.constexpr, N_MOVES: tl.constexpr, MOVE0: tl.constexpr,
     MOVE1: tl.constexpr, N_SEEN: tl.constexpr, SEEN: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
+    MAPS: tl.constexpr, N_MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grouped attention of BLOCK_M rows over the keys of one chunk (all keys without SPLIT).
 
-    Grid (row tiles, batch × query heads, or × key heads under FOLD, chunks). MASK: 0 none, 1 bool, 2 additive; SKIP
-    leaves out blocks that the mask hides from every row. Sets of labels are packed as `plan.Plan` describes.
+    Grid (row tiles, batch × query heads, or × key heads under FOLD, chunks). MASK: 0 none, 1 bool, 2 additive; with
+    `p_blocks` (`masks.summary`) it is read on edge blocks only. Sets of labels are packed as `plan.Plan` describes.
     """
     tile = tl.program_id(0)
     if CAUSAL:
@@ -96,19 +123,16 @@ def attend_kernel(
     batch = tl.program_id(1) // heads_here
     head = tl.program_id(1) % heads_here
     kv_head = head if FOLD else head // GROUP
-    b_head, b_row, b_valid = locate_rows(tile, head, start, stop, L, BLOCK_M, GROUP, FOLD)
-    b_rows = row_bits(p_rows1, p_rows2, p_rows3, b_row, b_valid, batch, L)
-    b_heads = head_bits(p_heads, b_head, b_valid)
+    item = batch * BRANCHES  # whose labels the keys bear
+    b_item, b_head, b_row, b_valid = locate_rows(tile, batch, head, start, stop, L, BLOCK_M, GROUP, FOLD, BRANCHES)
+    b_rows = row_bits(p_rows1, p_rows2, p_rows3, b_item, b_row, b_valid, L)
+    b_heads = head_bits(p_heads, b_item, b_head, b_valid, heads_b)
 
     b_d = tl.arange(0, BLOCK_D)
     b_dv = tl.arange(0, BLOCK_V)
     b_n = tl.arange(0, BLOCK_N)
-    b_from = b_head.to(tl.int64) * q_h + b_row.to(tl.int64) * q_l  # [M]
-    b_q = tl.load(
-        p_q + batch.to(tl.int64) * q_b + b_from[:, None] + b_d[None, :],
-        mask=b_valid[:, None] & (b_d < D)[None, :],
-        other=0.0,
-    )  # [M, D]
+    b_from = b_item.to(tl.int64) * q_b + b_head.to(tl.int64) * q_h + b_row.to(tl.int64) * q_l  # [M]
+    b_q = tl.load(p_q + b_from[:, None] + b_d[None, :], mask=b_valid[:, None] & (b_d < D)[None, :], other=0.0)  # [M, D]
     b_k_off = b_d[:, None] + b_n[None, :] * k_s  # [D, N]
     b_v_off = b_n[:, None] * v_s + b_dv[None, :]  # [N, D_V]
 
@@ -129,6 +153,36 @@ def attend_kernel(
 
     begin = tl.program_id(2) * chunk  # a multiple of BLOCK_N
     end = tl.minimum(begin + chunk, S)
+
+    b_kind, b_norm, b_word = b_seen, b_seen, b_seen
+    b_racc, b_rsum, b_total, b_count = b_acc0, b_m0, b_m0, b_m0
+    b_rbins = b_m0
+    plain = True  # whether some row needs its scores
+    mapped = False
+    if N_MAPS > 0:
+        b_kind = kind_of_rows(p_maps, b_heads, b_rows, 0)
+        b_norm = kind_of_rows(p_maps, b_heads, b_rows, 1)
+        b_count = tl.zeros([BLOCK_M], tl.float32)
+    if (STREAMED & MAPS) != 0:
+        mapped = tl.max(b_kind, axis=0) > 0
+        b_racc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        b_rsum = tl.zeros([BLOCK_M], tl.float32)
+        b_total = tl.zeros([BLOCK_M], tl.float32)
+        if p_masses is not None:
+            b_rbins = tl.zeros([BLOCK_M, 8], tl.float32)
+        if N_MOVES == 0:
+            plain = tl.max((b_valid & ((b_kind == 0) | (b_kind > 2))).to(tl.int32), axis=0) > 0
+        if (DRAWN & MAPS) != 0:
+            p_places += item.to(tl.int64) * places_b
+            b_word = first_words(p_maps, p_row_places, b_heads, b_rows, b_head, b_row, b_item, row_places_b)
+        if (RELEASED & MAPS) != 0:
+            if mapped:  # over all keys, also those that the row may not see
+                for first in range(begin, end, BLOCK_N):
+                    b_col = first + b_n
+                    b_label = tl.load(p_labels + item.to(tl.int64) * labels_b + b_col, mask=b_col < end, other=PADDING)
+                    b_r = drawn_weights(b_kind, b_word, p_places, b_col, end, MAPS)
+                    b_total += tl.sum(tl.where((b_label != PADDING)[None, :], b_r, 0.0), axis=1)
+
     whole = end  # keys before this one are visible to every row
     if CAUSAL:
         end = tl.minimum(end, start + (tile + 1) * BLOCK_M)
@@ -143,80 +197,109 @@ def attend_kernel(
         # 64-bit bases that move with the block, 32-bit offsets inside it
         p_k1 = p_k + batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h + low.to(tl.int64) * k_s
         p_v1 = p_v + batch.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h + low.to(tl.int64) * v_s
+        p_v0 = p_v1
         for first in range(low, high, BLOCK_N):
             b_col = first + b_n
-            if EDGE:
-                b_allowed = (b_col < end)[None, :] & b_valid[:, None]
-                if CAUSAL:
-                    b_allowed = b_allowed & (b_col[None, :] <= b_row[:, None])
-                if MASK != 0:
-                    b_at = b_head.to(tl.int64) * mask_h + b_row.to(tl.int64) * mask_l  # [M]
-                    b_mask = tl.load(
-                        p_mask + batch.to(tl.int64) * mask_b + b_at[:, None] + b_col.to(tl.int64)[None, :] * mask_s,
-                        mask=b_allowed,
-                        other=0,
-                    )  # [M, N]
-                    if MASK == 1:
-                        b_allowed = b_allowed & (b_mask != 0)
-                    else:
-                        b_allowed = b_allowed & (b_mask.to(tl.float32) > lowest)
-            run = True
-            if SKIP:
-                run = tl.max(tl.max(b_allowed.to(tl.int32), axis=1), axis=0) > 0
-            if run:
-                b_k = load_tile(p_k1, b_k_off, b_d[:, None] < D, b_col[None, :] < end, D == BLOCK_D, EDGE)  # [D, N]
-                b_v = load_tile(p_v1, b_v_off, b_dv[None, :] < D_V, b_col[:, None] < end, D_V == BLOCK_V, EDGE)
-                b_s = matmul(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)  # [M, N]
-                b_s = b_s * factor  # in units of log2
-                b_bit = tl.full([BLOCK_N], 1, tl.int32)
-                if p_labels is not None:
-                    b_label = tl.load(p_labels + batch.to(tl.int64) * labels_b + b_col, mask=b_col < end, other=7)
-                    b_bit = b_bit << b_label.to(tl.int32)  # [N]
-                if MASK == 2:
-                    b_s += tl.where(b_allowed, b_mask.to(tl.float32), 0.0) * LOG2E
-                if N_SCORES > 0:
-                    b_s = edit_scores(b_s, b_bit, b_touch0, gain0, abs0, bias0, SCORES & 255)
-                if N_SCORES > 1:
-                    b_s = edit_scores(b_s, b_bit, b_touch1, gain1, abs1, bias1, (SCORES >> 8) & 255)
+            state = 1  # of the mask on this tile: 0 hidden, 1 mixed, 2 without effect
+            if EDGE and MASK != 0 and p_blocks is not None:
+                p_block = p_blocks + batch.to(tl.int64) * blocks_b + head.to(tl.int64) * blocks_h
+                state = tl.load(p_block + tile * blocks_t + first // BLOCK_N).to(tl.int32)
+            if state != 0:
                 if EDGE:
-                    b_s = tl.where(b_allowed, b_s, NEG_INF)
+                    b_allowed = (b_col < end)[None, :] & b_valid[:, None]
+                    if CAUSAL:
+                        b_allowed = b_allowed & (b_col[None, :] <= b_row[:, None])
+                    if MASK == 2:
+                        b_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                    if MASK != 0:
+                        if state == 1:
+                            b_at = b_head.to(tl.int64) * mask_h + b_row.to(tl.int64) * mask_l  # [M]
+                            b_at += b_item.to(tl.int64) * mask_b
+                            b_at = b_at[:, None] + b_col.to(tl.int64)[None, :] * mask_s
+                            b_mask = tl.load(p_mask + b_at, mask=b_allowed, other=0)  # [M, N]
+                            if MASK == 1:
+                                b_allowed = b_allowed & (b_mask != 0)
+                            else:
+                                b_allowed = b_allowed & (b_mask.to(tl.float32) > lowest)
+                                b_bias = tl.where(b_allowed, b_mask.to(tl.float32), 0.0) * LOG2E
+                b_k_in = b_col < end
+                b_bit = tl.full([BLOCK_N], 1, tl.int32)
+                b_from_key = b_col
+                if (GATHERED & MAPS) != 0:  # the weight of this key goes to another one
+                    p_move = p_gather + (batch * H + head).to(tl.int64) * S
+                    b_from_key = tl.load(p_move + b_col, mask=b_k_in, other=0)
+                    b_count += tl.max((b_from_key != b_col).to(tl.int32) * b_k_in.to(tl.int32), axis=0)
+                    b_v_at = (b_from_key - low).to(tl.int64)[:, None] * v_s + b_dv[None, :]
+                    b_v = tl.load(p_v0 + b_v_at, mask=b_k_in[:, None] & (b_dv < D_V)[None, :], other=0.0)
+                else:
+                    b_v = load_tile(p_v1, b_v_off, b_dv[None, :] < D_V, b_k_in[:, None], D_V == BLOCK_V, EDGE)
+                if p_labels is not None:
+                    b_label = tl.load(p_labels + item.to(tl.int64) * labels_b + b_from_key, mask=b_k_in, other=PADDING)
+                    b_bit = b_bit << b_label.to(tl.int32)  # [N]
+                if EDGE:
                     b_seen = see(b_seen, b_allowed, b_bit, SEEN, N_SEEN)
                 else:
                     b_seen = see_all(b_seen, b_bit, SEEN, N_SEEN)
 
-                if N_CLASSES == 1:
-                    b_m0, b_sum, b_acc0 = absorb(
-                        b_s, b_v, b_bit, b_m0, b_sum, b_acc0, CLASSES & 255, BINS, N_BINS, PRECISION
-                    )
-                else:
-                    b_m0, b_sum, b_acc0 = absorb_some(
-                        b_s, b_v, b_bit, b_m0, b_sum, b_acc0, CLASSES & 255, BINS, N_BINS, PRECISION
-                    )
-                    b_m1, b_sum, b_acc1 = absorb_some(
-                        b_s, b_v, b_bit, b_m1, b_sum, b_acc1, (CLASSES >> 8) & 255, BINS, N_BINS, PRECISION
-                    )
-                if N_CLASSES > 2:
-                    b_m2, b_sum, b_acc2 = absorb_some(
-                        b_s, b_v, b_bit, b_m2, b_sum, b_acc2, (CLASSES >> 16) & 255, BINS, N_BINS, PRECISION
-                    )
-                if N_CLASSES > 3:
-                    b_m3, b_sum, b_acc3 = absorb_some(
-                        b_s, b_v, b_bit, b_m3, b_sum, b_acc3, (CLASSES >> 24) & 255, BINS, N_BINS, PRECISION
-                    )
+                if plain:
+                    b_k = load_tile(p_k1, b_k_off, b_d[:, None] < D, b_k_in[None, :], D == BLOCK_D, EDGE)  # [D, N]
+                    b_s = matmul(b_q, b_k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)  # [M, N]
+                    b_s = b_s * factor  # in units of log2
+                    if MASK == 2:
+                        b_s += b_bias
+                    if N_SCORES > 0:
+                        b_s = edit_scores(b_s, b_bit, b_touch0, gain0, abs0, bias0, SCORES & 255)
+                    if N_SCORES > 1:
+                        b_s = edit_scores(b_s, b_bit, b_touch1, gain1, abs1, bias1, (SCORES >> 8) & 255)
+                    if EDGE:
+                        b_s = tl.where(b_allowed, b_s, NEG_INF)
+                    if N_CLASSES == 1:
+                        b_m0, b_sum, b_acc0 = absorb(
+                            b_s, b_v, b_bit, b_m0, b_sum, b_acc0, CLASSES & 255, BINS, N_BINS, PRECISION
+                        )
+                    else:
+                        b_m0, b_sum, b_acc0 = absorb_some(
+                            b_s, b_v, b_bit, b_m0, b_sum, b_acc0, CLASSES & 255, BINS, N_BINS, PRECISION
+                        )
+                        b_m1, b_sum, b_acc1 = absorb_some(
+                            b_s, b_v, b_bit, b_m1, b_sum, b_acc1, (CLASSES >> 8) & 255, BINS, N_BINS, PRECISION
+                        )
+                    if N_CLASSES > 2:
+                        b_m2, b_sum, b_acc2 = absorb_some(
+                            b_s, b_v, b_bit, b_m2, b_sum, b_acc2, (CLASSES >> 16) & 255, BINS, N_BINS, PRECISION
+                        )
+                    if N_CLASSES > 3:
+                        b_m3, b_sum, b_acc3 = absorb_some(
+                            b_s, b_v, b_bit, b_m3, b_sum, b_acc3, (CLASSES >> 24) & 255, BINS, N_BINS, PRECISION
+                        )
+                if (STREAMED & MAPS) != 0:
+                    if mapped:
+                        b_r = drawn_weights(b_kind, b_word, p_places, b_col, end, MAPS)
+                        if EDGE:
+                            b_r = tl.where(b_allowed, b_r, 0.0)
+                        b_count += tl.sum((b_r > 0).to(tl.float32), axis=1)
+                        b_rsum += tl.sum(b_r, axis=1)
+                        if p_masses is not None:
+                            b_rbins += sums_by_label(b_r, b_bit)
+                        b_racc = matmul(b_r.to(b_v.dtype), b_v, b_racc, PRECISION)
             p_k1 += BLOCK_N * k_s
             p_v1 += BLOCK_N * v_s
 
     if SPLIT:
-        b_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        b_part = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (GROUP * L) + b_index  # [M]
+        split = split_from + tl.program_id(2)
+        items = tl.num_programs(1) * BRANCHES  # batch rows × key heads
+        b_part = (split * items + b_item * heads_here + head).to(tl.int64) * (GROUP * L)
+        b_part += (tile * BLOCK_M + tl.arange(0, BLOCK_M)) % (GROUP * L)  # [M]
         tl.store(p_part_seen + b_part, b_seen, mask=b_valid)
-        b_at = p_part_sum + b_part * 12
+        STATE: tl.constexpr = 24 if (STREAMED & MAPS) != 0 else 12
+        N_ACC: tl.constexpr = N_CLASSES + (1 if (STREAMED & MAPS) != 0 else 0)
+        b_at = p_part_sum + b_part * STATE
         if N_BINS == 0:
             tl.store(b_at, b_sum, mask=b_valid)
         else:
             tl.store(b_at[:, None] + tl.arange(0, 8)[None, :], b_sum, mask=b_valid[:, None])
         b_mask = b_valid[:, None] & (b_dv < D_V)[None, :]
-        b_to = p_part_acc + (b_part * N_CLASSES * D_V)[:, None] + b_dv[None, :]
+        b_to = p_part_acc + (b_part * N_ACC * D_V)[:, None] + b_dv[None, :]
         tl.store(b_at + 8, b_m0, mask=b_valid)
         tl.store(b_to, b_acc0, mask=b_mask)
         if N_CLASSES > 1:
@@ -228,10 +311,18 @@ def attend_kernel(
         if N_CLASSES > 3:
             tl.store(b_at + 11, b_m3, mask=b_valid)
             tl.store(b_to + 3 * D_V, b_acc3, mask=b_mask)
+        if (STREAMED & MAPS) != 0:
+            tl.store(b_to + N_CLASSES * D_V, b_racc, mask=b_mask)
+            tl.store(b_at + 12, b_count, mask=b_valid)
+            tl.store(b_at + 13, b_rsum, mask=b_valid)
+            tl.store(b_at + 14, b_total, mask=b_valid)
+            if p_masses is not None:
+                tl.store(b_at[:, None] + 16 + tl.arange(0, 8)[None, :], b_rbins, mask=b_valid[:, None])
     else:
         finish(
             p_out, p_params, p_count, p_scale, p_fired, p_masses, p_stats,
             b_m0, b_m1, b_m2, b_m3, b_acc0, b_acc1, b_acc2, b_acc3, b_sum, b_seen, b_rows, b_heads, b_head, b_row,
+            b_racc, b_rsum, b_total, b_count, b_rbins, b_kind, b_norm,
             batch, out_b, out_h, out_l, scale_b, H, L, mass_start,
-            D_V, BLOCK_V, N_CLASSES, CLASSES, N_BINS, N_SCORES, N_MOVES, MOVE0, MOVE1, ROWS, COUNTERS,
+            D_V, BLOCK_V, N_CLASSES, CLASSES, N_BINS, N_SCORES, N_MOVES, MOVE0, MOVE1, ROWS, COUNTERS, MAPS, N_MAPS,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from mmfix_kernels.triton.blocks import NEG_INF
 from mmfix_kernels.triton.epilogue import finish, in_columns
 from mmfix_kernels.triton.kernels import head_bits, locate_rows, row_bits
+from mmfix_kernels.triton.maps import STREAMED, kind_of_rows
 
 
 @triton.jit
@@ -31,17 +32,17 @@ def join(b_at, b_to, b_valid, b_mask, b_m, b_acc, N: tl.constexpr, D_V: tl.const
 @triton.jit(do_not_specialize=["splits", "mass_start"])
 def merge_kernel(
     p_part_acc, p_part_sum, p_part_seen, p_out, p_rows1, p_rows2, p_rows3, p_heads, p_params, p_count, p_scale,
-    p_fired, p_masses, p_stats, out_b, out_h, out_l, scale_b, H, L, splits, mass_start,
+    p_fired, p_masses, p_stats, p_maps, out_b, out_h, out_l, heads_b, scale_b, H, L, splits, mass_start,
     D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, N_CLASSES: tl.constexpr,
     CLASSES: tl.constexpr, N_BINS: tl.constexpr, N_SCORES: tl.constexpr, N_MOVES: tl.constexpr, MOVE0: tl.constexpr,
-    MOVE1: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
+    MOVE1: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr, MAPS: tl.constexpr, N_MAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, batch × key heads): rows are folded as in `attend_kernel` with FOLD."""
     batch = tl.program_id(1) // (H // GROUP)
     head = tl.program_id(1) % (H // GROUP)
-    b_head, b_row, b_valid = locate_rows(tl.program_id(0), head, 0, L, L, BLOCK_M, GROUP, True)
-    b_rows = row_bits(p_rows1, p_rows2, p_rows3, b_row, b_valid, batch, L)
-    b_heads = head_bits(p_heads, b_head, b_valid)
+    b_item, b_head, b_row, b_valid = locate_rows(tl.program_id(0), batch, head, 0, L, L, BLOCK_M, GROUP, True, 1)
+    b_rows = row_bits(p_rows1, p_rows2, p_rows3, b_item, b_row, b_valid, L)
+    b_heads = head_bits(p_heads, b_item, b_head, b_valid, heads_b)
     b_index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_dv = tl.arange(0, BLOCK_V)
     b_mask = b_valid[:, None] & (b_dv < D_V)[None, :]
@@ -55,10 +56,24 @@ def merge_kernel(
     else:
         b_sum = tl.zeros([BLOCK_M, 8], tl.float32)
 
+    STATE: tl.constexpr = 24 if (STREAMED & MAPS) != 0 else 12
+    N_ACC: tl.constexpr = N_CLASSES + (1 if (STREAMED & MAPS) != 0 else 0)
+    b_kind, b_norm = b_seen, b_seen
+    b_racc, b_rsum, b_total, b_count, b_rbins = b_acc0, b_m0, b_m0, b_m0, b_m0
+    if N_MAPS > 0:
+        b_kind = kind_of_rows(p_maps, b_heads, b_rows, 0)
+        b_norm = kind_of_rows(p_maps, b_heads, b_rows, 1)
+        b_racc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        b_rsum = tl.zeros([BLOCK_M], tl.float32)
+        b_total = tl.zeros([BLOCK_M], tl.float32)
+        b_count = tl.zeros([BLOCK_M], tl.float32)
+        if p_masses is not None:
+            b_rbins = tl.zeros([BLOCK_M, 8], tl.float32)
+
     for split in range(splits):
         b_part = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (GROUP * L) + b_index  # [M]
-        b_at = p_part_sum + b_part * 12
-        b_to = p_part_acc + (b_part * N_CLASSES * D_V)[:, None] + b_dv[None, :]
+        b_at = p_part_sum + b_part * STATE
+        b_to = p_part_acc + (b_part * N_ACC * D_V)[:, None] + b_dv[None, :]
         b_seen = b_seen | tl.load(p_part_seen + b_part, mask=b_valid, other=0)
         b_m0, b_acc0, b_old, b_add = join(b_at, b_to, b_valid, b_mask, b_m0, b_acc0, 0, D_V)
         if N_BINS == 0:
@@ -80,10 +95,18 @@ def merge_kernel(
                 b_in = in_columns((CLASSES >> 24) & 255)
                 b_new = tl.where(b_in, b_sum * b_old[:, None] + b_more * b_add[:, None], b_new)
             b_sum = b_new
+        if (STREAMED & MAPS) != 0:
+            b_racc += tl.load(b_to + N_CLASSES * D_V, mask=b_mask, other=0.0)
+            b_count += tl.load(b_at + 12, mask=b_valid, other=0.0)
+            b_rsum += tl.load(b_at + 13, mask=b_valid, other=0.0)
+            b_total += tl.load(b_at + 14, mask=b_valid, other=0.0)
+            if p_masses is not None:
+                b_rbins += tl.load(b_at[:, None] + 16 + tl.arange(0, 8)[None, :], mask=b_valid[:, None], other=0.0)
 
     finish(
         p_out, p_params, p_count, p_scale, p_fired, p_masses, p_stats,
         b_m0, b_m1, b_m2, b_m3, b_acc0, b_acc1, b_acc2, b_acc3, b_sum, b_seen, b_rows, b_heads, b_head, b_row,
+        b_racc, b_rsum, b_total, b_count, b_rbins, b_kind, b_norm,
         batch, out_b, out_h, out_l, scale_b, H, L, mass_start,
-        D_V, BLOCK_V, N_CLASSES, CLASSES, N_BINS, N_SCORES, N_MOVES, MOVE0, MOVE1, ROWS, COUNTERS,
+        D_V, BLOCK_V, N_CLASSES, CLASSES, N_BINS, N_SCORES, N_MOVES, MOVE0, MOVE1, ROWS, COUNTERS, MAPS, N_MAPS,
     )  # fmt: skip

@@ -7,23 +7,38 @@ one accumulator each. `bins` refines it by what the gates and the mass output as
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from mmfix_kernels.call import AttentionCall
-from mmfix_kernels.edits import NUM_LABELS, MassMove, Rows, ScoreEdit
+from mmfix_kernels.closed_forms import chosen_items
+from mmfix_kernels.edits import NUM_LABELS, MapReplacement, MassMove, Rows, ScoreEdit
 
 MAX_CLASSES = 4
 MAX_SCORES = 2
 MAX_MOVES = 2
+MAX_MAPS = 8
 MAX_COUNTED = 16  # counter numbers are packed in four bits
 ROW_BIT = {Rows.ALL: 1, Rows.AFTER_IMAGE: 2, Rows.LAST: 3}
 SCALE_SLOT = 4
+MAP_SLOT = 5  # and the next ones: one per replaced map
+MAP_KIND = {"uniform": 1, "random": 2, "reversed": 3, "shuffled": 4}
+STREAMED, DRAWN, TURNED, RELEASED, GATHERED = 1, 2, 4, 8, 16  # as in `maps`
 
-Numbered = tuple[tuple[int, ScoreEdit | MassMove], ...]
+
+class MapSlot(NamedTuple):
+    """What the plan keeps of a map replacement: all but the batch rows that it selects."""
+
+    kind: str
+    normalise: bool
+    seed: int
+    heads: tuple[int, ...] | None
+    rows: Rows
+
+
+Planned = ScoreEdit | MassMove | MapSlot
+Numbered = tuple[tuple[int, Planned], ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Plan:
         counters: per slot, the number of the edit in the call.
         numbers: gain, abs_gain, bias per score edit, then share, min_mass, max_share, slack per mass move.
         slack: whether a gate counts keys.
+        maps: the replaced maps.
     """
 
     classes: tuple[int, ...] = (255,)
@@ -63,6 +79,29 @@ class Plan:
     counters: tuple[tuple[int, int], ...] = ()
     numbers: tuple[float, ...] = ()
     slack: bool = False
+    maps: tuple[MapSlot, ...] = ()
+
+    @property
+    def map_bits(self) -> int:
+        """The constexpr MAPS."""
+        bits = 0
+        for one in self.maps:
+            if one.kind == "shuffled":
+                bits |= GATHERED
+                continue
+            bits |= STREAMED | {"uniform": 0, "random": DRAWN, "reversed": TURNED}[one.kind]
+            bits |= 0 if one.normalise or one.kind == "reversed" else RELEASED
+        return bits
+
+    @property
+    def accumulators(self) -> int:
+        """Accumulators that a program keeps."""
+        return len(self.classes) + bool(self.map_bits & STREAMED)
+
+    @property
+    def state(self) -> int:
+        """Floats per row beside the accumulators that a chunk of the keys leaves behind."""
+        return 24 if self.map_bits & STREAMED else 12
 
     def constants(self, row_masks: frozenset[Rows]) -> dict[str, int]:
         """The constexpr arguments that both kernels share; `row_masks` are the row kinds that have a mask."""
@@ -76,6 +115,8 @@ class Plan:
             "MOVE1": self.moves[1] if len(self.moves) > 1 else 0,
             "ROWS": sum(ROW_BIT[kind] << 4 * slot for slot, kind in self.rows if kind in row_masks),
             "COUNTERS": sum(number << 4 * slot for slot, number in self.counters),
+            "MAPS": self.map_bits,
+            "N_MAPS": len(self.maps),
         }
 
     def stream_constants(self) -> dict[str, int]:
@@ -104,8 +145,48 @@ def partition(groups: Iterable[int]) -> tuple[int, ...]:
 
 
 def numbered(call: AttentionCall) -> Numbered:
-    """The edits on keys with their number in the call."""
-    return tuple((n, e) for n, e in enumerate(call.edits) if isinstance(e, (ScoreEdit, MassMove)))
+    """The edits on keys with their number in the call, without the batch rows that they select."""
+    out: list[tuple[int, Planned]] = []
+    for n, edit in enumerate(call.edits):
+        if isinstance(edit, MapReplacement):
+            out.append((n, MapSlot(edit.kind, edit.normalise, edit.seed, edit.heads, edit.rows)))
+        elif isinstance(edit, (ScoreEdit, MassMove)):
+            out.append((n, edit if edit.batch is None else replace(edit, batch=None)))
+    return tuple(out)
+
+
+_AGREED: dict[tuple[int, int, int, tuple[int, ...]], bool] = {}
+
+
+def labels_agree(call: AttentionCall) -> bool:
+    """Whether the branches that share a prefix label its keys alike; on a GPU read once for each tensor of labels."""
+    if call.prefix_key is None or call.groups is None:
+        return True
+    labels, count, shared = call.groups.labels, call.prefix_key.shape[0], call.prefix_key.shape[2]
+    known = (labels.data_ptr(), shared, labels.shape[0], labels.stride())
+    if known not in _AGREED or labels.device.type == "cpu":
+        if len(_AGREED) > 512:
+            _AGREED.clear()
+        before = labels[:, :shared].reshape(count, -1, shared)
+        _AGREED[known] = bool((before == before[:, :1]).all())
+    return _AGREED[known]
+
+
+def conflict(call: AttentionCall) -> str:
+    """Why the edits cannot be kept apart in one pass; "" when they can."""
+    if not labels_agree(call):
+        return "branches label the prefix that they share differently"
+    count = call.query.shape[0]
+    taken = [False] * count
+    for _, edit in call.weight_edits:
+        chosen = chosen_items(edit.batch, count)
+        if any(a and b for a, b in zip(taken, chosen, strict=True)):
+            return "an edit of weights after their map was replaced"
+        if isinstance(edit, MapReplacement):
+            if edit.kind == "shuffled" and (call.mask is not None or call.is_causal):
+                return "a shuffled map under a mask: weights move to hidden keys"
+            taken = [a or b for a, b in zip(taken, chosen, strict=True)]
+    return ""
 
 
 @lru_cache(maxsize=256)
@@ -119,11 +200,19 @@ def make_plan(edits: Numbered, all_masses: bool, scale_number: int | None) -> Pl
     """
     scores = [(n, e) for n, e in edits if isinstance(e, ScoreEdit)]
     moves = [(n, e) for n, e in edits if isinstance(e, MassMove)]
+    maps = [(n, e) for n, e in edits if isinstance(e, MapSlot)]
+    if len(maps) > MAX_MAPS:
+        return f"more than {MAX_MAPS} replaced maps in one call"
+    shuffled = any(e.kind == "shuffled" for _, e in maps)
+    if shuffled and (scores or moves or len(maps) > 1):
+        return "a shuffled map together with other edits on keys"
     if len(scores) > MAX_SCORES or len(moves) > MAX_MOVES:
         return f"more than {MAX_SCORES} score edits or {MAX_MOVES} mass moves in one call"
     classes = partition(int(group) for _, m in moves for group in (m.source, m.target))
-    if len(classes) > MAX_CLASSES:
-        return f"{len(classes)} key classes; the kernel keeps at most {MAX_CLASSES} accumulators"
+    extra = bool(maps) and not shuffled
+    if len(classes) + extra > MAX_CLASSES:
+        more = " and a replaced map" if extra else ""
+        return f"{len(classes)} key classes{more}; the kernel keeps at most {MAX_CLASSES} accumulators"
     gates = [m.gate for _, m in moves if m.gate is not None]
     bins: tuple[int, ...] = ()
     if all_masses:
@@ -132,7 +221,7 @@ def make_plan(edits: Numbered, all_masses: bool, scale_number: int | None) -> Pl
         gated = [int(group) for gate in gates for group in (gate.group, gate.part)]
         bins = partition([*classes, *gated])
     slots = [(slot, n, e) for slot, (n, e) in enumerate(scores)] + [(2 + k, n, e) for k, (n, e) in enumerate(moves)]
-    counters = [(slot, n) for slot, n, _ in slots]
+    counters = [(slot, n) for slot, n, _ in slots] + [(MAP_SLOT + k, n) for k, (n, _) in enumerate(maps)]
     if scale_number is not None:
         counters.append((SCALE_SLOT, scale_number))
     if any(n >= MAX_COUNTED for _, n in counters):
@@ -148,6 +237,7 @@ def make_plan(edits: Numbered, all_masses: bool, scale_number: int | None) -> Pl
         counters=tuple(counters),
         numbers=_numbers([e for _, e in scores], [m for _, m in moves]),
         slack=any(gate.slack != 0 for gate in gates),
+        maps=tuple(e for _, e in maps),
     )
 
 
@@ -171,38 +261,25 @@ def _numbers(scores: list[ScoreEdit], moves: list[MassMove]) -> tuple[float, ...
     return tuple(out)
 
 
-@lru_cache(maxsize=256)
-def number_tensor(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """The numbers on the device, kept: a decode step must not copy from the host."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float32, device=device)
+def prefill_tile(width: int, accumulators: int, wide_scores: bool, masked: bool = False) -> Tile:
+    """Tile of the prefill kernel.
 
-
-@lru_cache(maxsize=256)
-def head_tensor(
-    heads: tuple[tuple[int, tuple[int, ...] | None], ...], count: int, device: torch.device
-) -> Tensor | None:
-    """Int32[count]: bit `slot` says that the slot's edit acts on the head; None when every edit acts on all heads."""
-    if all(chosen is None for _, chosen in heads):
-        return None
-    bits = [0] * count
-    for slot, chosen in heads:
-        for head in range(count) if chosen is None else chosen:
-            bits[head] |= 1 << slot
-    with torch.inference_mode(False):
-        return torch.tensor(bits, dtype=torch.int32, device=device)
-
-
-def prefill_tile(width: int, classes: int, wide_scores: bool) -> Tile:
-    """Tile of the prefill kernel for a head width (power of two); `wide_scores`: float32 inputs."""
+    Args:
+        width: head width (power of two).
+        accumulators: key classes and replaced maps.
+        wide_scores: float32 inputs.
+        masked: whether a mask tensor is read, which takes registers.
+    """
     if wide_scores:
         return Tile(32, 32, 4, 1) if width >= 128 else Tile(64, 32, 4, 1)
     if width >= 256:
-        return Tile(64, 32, 8, 2) if classes <= 2 else Tile(32, 32, 8, 2)
-    if classes == 1:
+        return Tile(64, 32, 8, 2) if accumulators <= 2 else Tile(32, 32, 8, 2)
+    if accumulators == 1 and not (masked and width >= 128):
         return Tile(128, 64, 8, 3) if width >= 128 else Tile(128, 64, 4, 3)
+    if accumulators == 1:
+        return Tile(128, 32, 8, 3)
     if width >= 128:  # 64 keys at once would spill
-        return Tile(64, 32, 8, 2) if classes <= 3 else Tile(32, 32, 8, 2)
+        return Tile(64, 32, 8, 2) if accumulators <= 3 else Tile(32, 32, 8, 2)
     return Tile(64, 32, 4, 2)
 
 

@@ -64,9 +64,10 @@ def moved(call: AttentionCall) -> AttentionCall:
     groups = call.groups
     if groups is not None:
         rows = {kind: None if mask is None else mask.to(DEVICE) for kind, mask in groups.rows.items()}
-        groups = KeyGroups(labels=on_device(groups.labels), rows=rows, first=groups.first)
+        groups = replace(groups, labels=on_device(groups.labels), rows=rows)
     mask = None if call.mask is None else on_device(call.mask)
-    tensors = {name: on_device(getattr(call, name)) for name in ("query", "key", "value")}
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    tensors = {name: on_device(getattr(call, name)) for name in names if getattr(call, name) is not None}
     return replace(call, mask=mask, groups=groups, **tensors)
 
 
@@ -116,11 +117,11 @@ def make(
     )  # fmt: skip
 
 
-def check(call: AttentionCall) -> torch.Tensor:
-    """Output, masses and counters against float64."""
+def check(call: AttentionCall, condition: float = 1.0) -> torch.Tensor:
+    """Output, masses and counters against float64; `condition` is how much an edit enlarges errors of rounding."""
     assert backend.why_not(moved(call)) == ""
     want, got = exact(call), serve(call)
-    allowed = allowance(call, float(want.output.abs().max()))
+    allowed = allowance(call, float(want.output.abs().max())) * condition
     error = float((got.output.double() - want.output).abs().max())
     assert error <= allowed, f"output is off by {error:.3g}; allowed {allowed:.3g}"
     if call.query.dtype == torch.float32:  # in half precision a gate may tip over on the rounding of the scores
@@ -129,7 +130,7 @@ def check(call: AttentionCall) -> torch.Tensor:
         rows = want.masses if call.masses == "all" else want.masses[:, :, -1:]
         assert got.masses is not None
         worst = float((got.masses.double() - rows).abs().max())
-        assert worst <= 40 * call.query.shape[-1] ** 0.5 * torch.finfo(call.query.dtype).eps
+        assert worst <= 40 * call.query.shape[-1] ** 0.5 * torch.finfo(call.query.dtype).eps * condition
     return got.output
 
 

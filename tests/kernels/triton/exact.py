@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmfix_kernels import AttentionCall, Group, HeadScale, MassMove, Rows, ScoreEdit
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from replaced import replaced
+
+from mmfix_kernels import AttentionCall, Group, HeadScale, MapReplacement, MassMove, ScoreEdit
 
 
 @dataclass
@@ -24,7 +29,7 @@ class Exact:
 def visible(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Bool[B, H, L, S] of the keys a row may see, and the finite part of the mask."""
     b, h, rows, _ = call.query.shape
-    keys = call.key.shape[2]
+    keys = call.keys
     allowed, bias = torch.ones(b, h, rows, keys, dtype=torch.bool), torch.zeros(b, h, rows, keys).double()
     if call.mask is None:
         if call.is_causal and rows > 1:
@@ -37,6 +42,16 @@ def visible(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return allowed, bias
 
 
+def whole(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Keys and values with the shared prefix repeated in front."""
+    if call.prefix_key is None or call.prefix_value is None:
+        return call.key, call.value
+    times = call.key.shape[0] // call.prefix_key.shape[0]
+    before = (t.repeat_interleave(times, 0) for t in (call.prefix_key, call.prefix_value))
+    key, value = (torch.cat([a, b], 2) for a, b in zip(before, (call.key, call.value), strict=True))
+    return key, value
+
+
 def of(call: AttentionCall, group: Group) -> Tensor:
     """Bool[B, 1, 1, S]: keys of the group."""
     assert call.groups is not None
@@ -44,9 +59,10 @@ def of(call: AttentionCall, group: Group) -> Tensor:
     return (torch.tensor(int(group)) >> labels & 1).bool()[:, None, None]
 
 
-def may_touch(call: AttentionCall, rows: Rows, heads: tuple[int, ...] | None) -> Tensor:
+def may_touch(call: AttentionCall, edit: ScoreEdit | MassMove) -> Tensor:
     """Bool[B, H, L, 1]"""
     assert call.groups is not None
+    rows, heads = edit.rows, edit.heads
     b, h, length, _ = call.query.shape
     touched = torch.ones(b, h, length, 1, dtype=torch.bool)
     mask = call.groups.rows[rows]
@@ -54,19 +70,21 @@ def may_touch(call: AttentionCall, rows: Rows, heads: tuple[int, ...] | None) ->
         touched &= mask[:, None, :, None]
     if heads is not None:
         touched &= torch.tensor([n in heads for n in range(h)])[None, :, None, None]
+    if edit.batch is not None:
+        touched &= edit.batch[:, None, None, None]
     return touched
 
 
 def exact(call: AttentionCall) -> Exact:
     """The definition."""
     repeats = call.query.shape[1] // call.key.shape[1]
-    key, value = (t.double().repeat_interleave(repeats, 1) for t in (call.key, call.value))
+    key, value = (t.double().repeat_interleave(repeats, 1) for t in whole(call))
     allowed, bias = visible(call)
     scores = call.query.double() @ key.transpose(2, 3) * call.factor + bias
     fired = [[0, 0] for _ in call.edits]
     for n, edit in enumerate(call.edits):
         if isinstance(edit, ScoreEdit):
-            touched, member = may_touch(call, edit.rows, edit.heads), of(call, edit.group)
+            touched, member = may_touch(call, edit), of(call, edit.group)
             changed = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
             scores = torch.where(touched & member, changed, scores)
             seen = (member & allowed).any(-1, keepdim=True)
@@ -77,6 +95,8 @@ def exact(call: AttentionCall) -> Exact:
     for n, edit in enumerate(call.edits):
         if isinstance(edit, MassMove):
             weights, fired[n] = moved(call, edit, weights, allowed)
+        elif isinstance(edit, MapReplacement):
+            weights, fired[n] = replaced(call, edit, weights, allowed)
     output = weights @ value
     for n, edit in enumerate(call.edits):
         if isinstance(edit, HeadScale):
@@ -93,7 +113,7 @@ def exact(call: AttentionCall) -> Exact:
 def moved(call: AttentionCall, move: MassMove, weights: Tensor, allowed: Tensor) -> tuple[Tensor, list[int]]:
     source, target = of(call, move.source), of(call, move.target)
     source_mass, target_mass = ((weights * g).sum(-1, keepdim=True) for g in (source, target))
-    touched = may_touch(call, move.rows, move.heads)
+    touched = may_touch(call, move)
     active = touched & (source_mass > 0) & (target_mass > 0)
     if (gate := move.gate) is not None:
         group, part = of(call, gate.group), of(call, gate.part)
@@ -125,7 +145,7 @@ def allowance(call: AttentionCall, largest: float, draws: int = 5) -> float:
     """
     worst = torch.finfo(call.query.dtype).eps
     for draw in range(draws):
-        tensors = {name: getattr(call, name) for name in ("query", "key", "value")}
+        tensors = dict(zip(("query", "key", "value"), (call.query, *whole(call)), strict=True))
         if draw:
             random = torch.Generator().manual_seed(draw)
             tensors = {k: torch.randn(t.shape, generator=random).to(t.dtype) for k, t in tensors.items()}

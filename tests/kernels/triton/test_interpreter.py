@@ -17,7 +17,10 @@ def test_the_kernels_equal_their_equations() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "MMFIX_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     arguments = ["-p", "no:xdist", "-p", "no:cacheprovider", "-q", "--rootdir", str(HERE)]
-    files = [str(HERE / f"{name}_cases.py") for name in ("device", "refusal", "other", "mutation", "model")]
+    files = [
+        str(HERE / f"{name}_cases.py")
+        for name in ("device", "map", "prefix", "statistics", "refusal", "other", "mutation", "model")
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *files],
         env=environment, cwd=HERE, capture_output=True, text=True,
