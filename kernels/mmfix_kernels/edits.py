@@ -195,12 +195,14 @@ class KeyGroups:
         rows: for each kind of :class:`Rows`, Bool[B, L] of the touched query rows; None means all rows.
         first: for each kind, the first row index at which any batch item is touched (L when none is).
         offset: key index of the first query row; None means the rows are the last of the keys.
+        before: Int64[B], keys (not padding) that a sliding window has already dropped; None for none.
     """
 
     labels: Tensor
     rows: Mapping[Rows, Tensor | None]
     first: Mapping[Rows, int]
     offset: int | None = None
+    before: Tensor | None = None
 
     def member(self, group: Group) -> Tensor:
         """Bool[B, S]: which keys belong to `group`."""
