@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmfix import features
 from mmfix import spans as token_spans
 from mmfix.branches import Mix
 from mmfix.branches import Rows as BranchRows
@@ -80,6 +81,7 @@ class Session:
         self.mass_layers = 0
         self._cache: weakref.ref[Any] | None = None
         self._last: Inputs | None = None
+        self._prompt_ids: Tensor | None = None
         self._step_rows: dict[Rows, Tensor | None] = {}
         self._step_first: dict[Rows, int] = {}
         self._lock = threading.Lock()
@@ -120,6 +122,7 @@ class Session:
         length = given.length - guessed
         if kind == "prompt":
             self._unshare()
+            self._prompt_ids = None if given.ids is None else given.ids[:, :length]
             self.expanding = self.expander is not None and self._has_image(given.ids)
         elif kind == "piece" and self.expander is not None and not self.expanding and self._has_image(given.ids):
             raise MmfixError(
@@ -127,11 +130,9 @@ class Session:
                 "prompt at once (no prefill_chunk_size)"
             )
         expanded = None
-        prefix = self._prefix(given, kwargs, length) if kind == "prompt" else 0
-        if prefix and bool(self.talk is not None and self.talk.image[:, :prefix].any()):
-            kwargs = _without_picture(kwargs)
+        prefix, kwargs = self._prefix(given, kwargs, length) if kind == "prompt" else (0, kwargs)
         if self.branching is not None:
-            expanded = self.branching.expand(given, args, kwargs, self.image_mask, length, kind != "step")
+            expanded = self.branching.expand(given, args, kwargs, self.image_mask, length, kind != "step", prefix)
             length += self.branching.longer if kind != "step" else 0
             given = Inputs.read((), expanded)
             if kind == "prompt":
@@ -140,7 +141,7 @@ class Session:
         single = kind == "step" and given.length == 1
         self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
         if prefill:
-            self._prompt(given, (expanded or kwargs).get("attention_mask"), kind == "piece")
+            self._prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
                 self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
@@ -155,8 +156,10 @@ class Session:
         self.active = True
         return None if expanded is None else ((), expanded)
 
-    def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> int:
-        """Compute the start of the prompt that no branch changes, once per prompt; returns its length, 0 for none.
+    def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
+        """Compute the start of the prompt that no branch changes, once per prompt.
+
+        Returns its length, 0 for none, and the inputs with the features of the pictures that come after it.
 
         It is left alone where a method looks at the whole prompt (sinks, heads, masks), and where the cache or the
         inputs are not those of ``generate()``.
@@ -168,35 +171,43 @@ class Session:
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and "cross_attention_mask" not in kwargs
         if self.branching is None or whole or not plain or not usual:
-            return 0
+            return 0, kwargs
         if not prefixes.shareable(given.cache):
-            return 0
+            return 0, kwargs
         self.expanding = False
         expander = self.expander
         try:
             assert expander is not None
             self.current = Pass(True, 0, length, length)
-            self._prompt(given, mask, False)
+            self._prompt(given, kwargs, False)
             assert self.talk is not None
             shared = min(prefixes.shared_length(expander.rows.branches, self.talk.spans), length - 1)
             image = self.talk.spans.image
-            if bool(image[:, :shared].any() & image[:, shared:].any()):  # features cannot be split between two passes
-                shared = int(image.any(0).int().argmax())
+            encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            inside = bool(image[:, :shared].any()), bool(image[:, shared:].any())
+            if all(inside) and encoded is None:  # pixels cannot be given to two passes
+                shared, inside = int(image.any(0).int().argmax()), (False, True)
             self.prompts -= given.like.shape[0]
             if shared < prefixes.LEAST:
-                return 0
+                return 0, kwargs
             self.current = Pass(True, 0, shared, shared)
             self._rows(given.like.shape[0], shared)
             self.active = True
             inputs = _cut({**kwargs, "input_ids": given.ids}, slice(0, shared), slice(0, shared))
-            if not bool(self.talk.spans.image[:, :shared].any()):
+            if not inside[0]:
                 inputs = _without_picture(inputs)
+            elif not inside[1]:
+                kwargs = _without_picture(kwargs)
+            else:
+                first, rest = features.parted(encoded, image, shared)
+                inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": first}
+                kwargs = {**kwargs, "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], "image": rest}}
             self.family.model.forward(**{**inputs, "logits_to_keep": 1})
         finally:
             self.expanding, self.active = True, False
         prefixes.share(given.cache, expander.rows.count)
         self._shared = weakref.ref(given.cache)
-        return shared
+        return shared, kwargs
 
     @property
     def shared(self) -> Any:
@@ -255,9 +266,12 @@ class Session:
         if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
             return False
         assert self._last is not None
-        return given.picture is self._last.picture and torch.equal(ids[:, :-1], last)
+        # Beams may have been reordered since: what they share is the prompt.
+        prompt = self._prompt_ids
+        same = prompt is not None and torch.equal(ids[:, : prompt.shape[1]], prompt)
+        return same and given.picture is self._last.picture
 
-    def _prompt(self, given: Inputs, attention_mask: Any, further: bool) -> None:
+    def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
@@ -268,7 +282,7 @@ class Session:
             image = image_tokens(ids, torch.Size((shape[0], length)), self.family.image_token_id, self.image_mask)
         width = past + length
         like = given.like.new_empty(shape[0], width)
-        valid = token_spans.padding_mask(attention_mask, like)
+        valid = token_spans.padding_mask(kwargs.get("attention_mask"), like)
         if further:
             assert self.talk is not None
             self._check_piece(past)
@@ -286,7 +300,7 @@ class Session:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
-            self._begin_text_only(past, length)
+            self._begin_text_only(kwargs.get("token_type_ids"))
 
     def _check_piece(self, past: int) -> None:
         """Refuse what cannot be done piece by piece."""
@@ -305,11 +319,15 @@ class Session:
                 "or inputs_embeds); give the whole conversation with a fresh cache"
             )
 
-    def _begin_text_only(self, past: int, length: int) -> None:
+    def _begin_text_only(self, types: Tensor | None) -> None:
         talk = self.talk
         assert talk is not None
         scale = all(m.scales_text_only for m in self.methods)
-        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, max(self.head_layers), scale)
+        if types is not None and types.shape[1] < talk.spans.length:  # a further turn: the types of the first are gone
+            types = None
+        types = None if types is None else types[:, : talk.spans.length]
+        last = max(self.head_layers)
+        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, last, scale, types)
         self.text_only.record()
         self.extra_passes += 1
 
@@ -353,9 +371,9 @@ class Session:
 
     def check_inside(self) -> None:
         """Refuse a call of a part of the model: its prompt would be unknown."""
-        if not self.active:
+        if not self.active and not self.aside:
             raise MmfixError(
-                f"attention ran outside a call of {type(self.family.model).__name__}, so the prompt is unknown; "
+                f"attention ran outside a call of {self.family.name}, so the prompt is unknown; "
                 "inside mitigate() call the model itself or its generate(), not one of its parts"
             )
 

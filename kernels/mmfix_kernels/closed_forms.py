@@ -121,7 +121,8 @@ def pick(call: AttentionCall, items: list[int]) -> AttentionCall:
     groups = call.groups
     if groups is not None:
         rows = {kind: None if chosen is None else chosen[items] for kind, chosen in groups.rows.items()}
-        groups = replace(groups, labels=groups.labels[items], rows=rows, columns=None)
+        before = None if groups.before is None else groups.before[items]
+        groups = replace(groups, labels=groups.labels[items], rows=rows, columns=None, before=before)
     tensors = {name: getattr(call, name)[items] for name in ("query", "key", "value")}
     return replace(call, mask=mask, groups=groups, edits=(), **tensors)
 

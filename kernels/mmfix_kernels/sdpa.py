@@ -96,6 +96,7 @@ def _items(call: AttentionCall, items: Tensor) -> AttentionCall:
         labels=call.groups.labels.index_select(0, items),
         rows={kind: pick(mask) for kind, mask in call.groups.rows.items()},
         columns=None,
+        before=pick(call.groups.before),
     )
     edits = [e if isinstance(e, HeadScale) else replace(e, batch=pick(e.batch)) for e in call.edits]
     return replace(
@@ -320,6 +321,7 @@ class _Chunk:
             self.groups.labels,
             self.call.row_places(self.start, self.stop),
             None if row_mask is None else row_mask[:, self.start : self.stop],
+            self.groups.before,
         )
         fired += count_replaced(weights, new)
         return new
