@@ -165,29 +165,35 @@ def test_text_alone_is_answered(client: Any) -> None:
     assert answer.choices[0].message.content
 
 
+BAD, UNKNOWN, DENIED = openai.BadRequestError, openai.NotFoundError, openai.PermissionDeniedError
+URL = "messages[0].content[0].image_url.url"
+
+
+def method(text: str) -> dict[str, Any]:
+    return {"extra_body": {"mmfix": {"method": text}}}
+
+
 REFUSED: list[tuple[dict[str, Any], type[Exception], str, str | None]] = [
-    ({"model": "gpt-4o"}, openai.NotFoundError, "model_not_found", "model"),
-    ({"model": "tiny:plausibility"}, openai.NotFoundError, "model_not_found", "model"),
-    ({"extra_body": {"mmfix": {"method": "plausibility"}}}, openai.PermissionDeniedError, "method_not_allowed", "mmfix.method"),
-    ({"extra_body": {"mmfix": {"method": "vhr:alpha=3"}}}, openai.PermissionDeniedError, "method_not_allowed", "mmfix.method"),
-    ({"extra_body": {"mmfix": {"method": "causalmm+vhr"}}}, openai.PermissionDeniedError, "method_not_allowed", "mmfix.method"),
-    ({"extra_body": {"mmfix": {"method": "nonsense"}}}, openai.BadRequestError, "invalid_method", "mmfix.method"),
-    ({"extra_body": {"mmfix": {"method": "causalmm:gamma=-5"}}}, openai.BadRequestError, "invalid_method", "mmfix.method"),
-    ({"model": "tiny:var", "extra_body": {"mmfix": {"method": "vhr"}}}, openai.BadRequestError, "invalid_value", "mmfix"),
-    ({"max_tokens": 65}, openai.BadRequestError, "max_tokens_exceeded", "max_tokens"),
-    ({"messages": shown(count=4)}, openai.BadRequestError, "too_many_images", "messages"),
-    ({"messages": shown("dog " * 2000)}, openai.BadRequestError, "context_length_exceeded", "messages"),
-    ({"messages": shown("dog " * 20000)}, openai.BadRequestError, "context_length_exceeded", "messages"),
-    ({"messages": shown(url="https://example.org/a.png")}, openai.BadRequestError, "remote_images_disabled",
-     "messages[0].content[0].image_url.url"),
-    ({"messages": shown(url="file:///etc/passwd")}, openai.BadRequestError, "invalid_value",
-     "messages[0].content[0].image_url.url"),
-    ({"messages": shown(url="data:image/png;base64,AAAA")}, openai.BadRequestError, "invalid_image", "messages"),
-    ({"messages": [{"role": "user", "content": "<image> what?"}]}, openai.BadRequestError, "invalid_request", None),
-    ({"messages": [*shown(), {"role": "assistant", "content": "a"}]}, openai.BadRequestError, "invalid_request", None),
-    ({"n": 2}, openai.BadRequestError, "unsupported_value", "n"),
-    ({"extra_body": {"nonsense": 1}}, openai.BadRequestError, "unknown_parameter", "nonsense"),
-]  # fmt: skip
+    ({"model": "gpt-4o"}, UNKNOWN, "model_not_found", "model"),
+    ({"model": "tiny:plausibility"}, UNKNOWN, "model_not_found", "model"),
+    (method("plausibility"), DENIED, "method_not_allowed", "mmfix.method"),
+    (method("vhr:alpha=3"), DENIED, "method_not_allowed", "mmfix.method"),
+    (method("causalmm+vhr"), DENIED, "method_not_allowed", "mmfix.method"),
+    (method("nonsense"), BAD, "invalid_method", "mmfix.method"),
+    (method("causalmm:gamma=-5"), BAD, "invalid_method", "mmfix.method"),
+    ({"model": "tiny:var", **method("vhr")}, BAD, "invalid_value", "mmfix"),
+    ({"max_tokens": 65}, BAD, "max_tokens_exceeded", "max_tokens"),
+    ({"messages": shown(count=4)}, BAD, "too_many_images", "messages"),
+    ({"messages": shown("dog " * 2000)}, BAD, "context_length_exceeded", "messages"),
+    ({"messages": shown("dog " * 20000)}, BAD, "context_length_exceeded", "messages"),
+    ({"messages": shown(url="https://example.org/a.png")}, BAD, "remote_images_disabled", URL),
+    ({"messages": shown(url="file:///etc/passwd")}, BAD, "invalid_value", URL),
+    ({"messages": shown(url="data:image/png;base64,AAAA")}, BAD, "invalid_image", "messages"),
+    ({"messages": [{"role": "user", "content": "<image> what?"}]}, BAD, "invalid_request", None),
+    ({"messages": [*shown(), {"role": "assistant", "content": "a"}]}, BAD, "invalid_request", None),
+    ({"n": 2}, BAD, "unsupported_value", "n"),
+    ({"extra_body": {"nonsense": 1}}, BAD, "unknown_parameter", "nonsense"),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

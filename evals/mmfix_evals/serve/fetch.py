@@ -13,6 +13,7 @@ import ssl
 import threading
 import urllib.parse
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mmfix_evals.serve.errors import ApiError
@@ -60,21 +61,21 @@ class Fetcher:
         Raises:
             ApiError: 400 for a URL, address, redirect or answer that is refused, 413 for too many bytes.
         """
-        connections: list[http.client.HTTPConnection] = []
+        sockets: list[socket.socket] = []
         late = threading.Event()
 
         def stop() -> None:  # a server that sends a byte now and then defeats time-outs of single reads
             late.set()
-            for one in connections:
-                if one.sock is not None:
-                    one.sock.shutdown(socket.SHUT_RDWR)
+            for one in sockets:
+                with suppress(OSError):  # closed in the meantime
+                    one.shutdown(socket.SHUT_RDWR)
 
         watchdog = threading.Timer(self.seconds, stop)
         watchdog.daemon = True
         watchdog.start()
         try:
             for _ in range(REDIRECTS + 1):
-                answer = self._ask(url, connections)
+                answer = self._ask(url, sockets)
                 if isinstance(answer, bytes) and not late.is_set():
                     return answer
                 if late.is_set():
@@ -89,15 +90,14 @@ class Fetcher:
                 ) from error
         finally:
             watchdog.cancel()
-            for one in connections:
+            for one in sockets:
                 one.close()
         raise _refused(f"the image did not arrive within {self.seconds:g} s; send it as a data URL")
 
-    def _ask(self, url: str, connections: list[http.client.HTTPConnection]) -> bytes | str:
-        """One request: the image, or where it has moved to."""
+    def _ask(self, url: str, sockets: list[socket.socket]) -> bytes | str:
+        """One request: the image, or where it has moved to. Its socket is added to `sockets`, for the caller to close."""
         parts = urllib.parse.urlsplit(url)
-        connection = self._connect(parts)
-        connections.append(connection)
+        connection = self._connect(parts, sockets)
         path = urllib.parse.urlunsplit(("", "", urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~"), "", ""))
         query = f"?{urllib.parse.quote(parts.query, safe='/%:@!$&()*+,;=~?')}" if parts.query else ""
         headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "mmfix"}
@@ -112,7 +112,7 @@ class Fetcher:
             raise _refused(f"the image behind the URL has more than {self.max_bytes:,} bytes; scale it down", 413)
         return data
 
-    def _connect(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    def _connect(self, parts: urllib.parse.SplitResult, sockets: list[socket.socket]) -> http.client.HTTPConnection:
         """A connection to an address of the URL's host that was found to be allowed."""
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise _refused("an image URL must be http(s)://host/path or a data URL")
@@ -125,15 +125,11 @@ class Fetcher:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not found or not all(self.allowed(address) for address in found):
             raise _refused("the image URL leads to an address that is not public; send the image as a data URL")
-        plain = socket.create_connection((found[0], port), timeout=self.seconds)
+        sockets.append(socket.create_connection((found[0], port), timeout=self.seconds))
         connection = http.client.HTTPConnection(host, port, timeout=self.seconds)
         if parts.scheme == "https":
-            try:
-                connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-            except BaseException:
-                plain.close()
-                raise
-            connection.default_port = 443  # so that the Host header names no port
-        else:
-            connection.sock = plain
+            # The wrapper takes the socket over, so that it stands in its place.
+            sockets[-1] = ssl.create_default_context().wrap_socket(sockets[-1], server_hostname=host)
+            connection.default_port = 443  # the Host header then names no port
+        connection.sock = sockets[-1]
         return connection
