@@ -170,14 +170,14 @@ def test_what_fails_is_told_without_internals_and_the_next_one_is_served(
 
 
 def test_too_large_is_refused_by_size_before_it_is_read(loaded: Decoder) -> None:
-    with serving(loaded, "greedy", max_images=1, max_image_mb=0.02) as (service, url):
+    with serving(loaded, "greedy", max_images=1, max_image_mb=0.05) as (service, url):
         most = service.settings.max_body_bytes
         status, _, answer = post(url, b"x" * (most + 1))
         assert (status, answer["error"]["code"]) == (413, "too_large")
         status, _, answer = post(url, iter([b"x" * 65536] * (most // 65536 + 2)))  # type: ignore[arg-type]
         assert (status, answer["error"]["code"]) == (413, "too_large")
         with pytest.raises(openai.APIStatusError) as refused:
-            ask(connect(url), messages=shown(url=data_url(PICTURE.read_bytes() + b"\0" * 20_000)))
+            ask(connect(url), messages=shown(url=data_url(PICTURE.read_bytes() + b"\0" * 50_000)))
         assert (refused.value.status_code, refused.value.code) == (413, "image_too_large")
         assert ask(connect(url)).usage.completion_tokens == 2
 

@@ -95,7 +95,7 @@ class Fetcher:
         raise _refused(f"the image did not arrive within {self.seconds:g} s; send it as a data URL")
 
     def _ask(self, url: str, sockets: list[socket.socket]) -> bytes | str:
-        """One request: the image, or where it has moved to. Its socket is added to `sockets`, for the caller to close."""
+        """One request: the image, or where it has moved to. Its socket goes into `sockets`, for the caller to close."""
         parts = urllib.parse.urlsplit(url)
         connection = self._connect(parts, sockets)
         path = urllib.parse.urlunsplit(("", "", urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~"), "", ""))
