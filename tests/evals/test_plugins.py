@@ -271,13 +271,13 @@ def test_inspect_ai(answers: dict[str, str], tmp_path: Any) -> None:
     )
     assert log.status == "success", log.error
     assert log.results is not None
-    assert log.results.scores[0].metrics["accuracy"].value == 1.0
+    assert log.results.scores[0].metrics["mean"].value == 1.0
     config = GenerateConfig(max_tokens=4, logprobs=True, stop_seqs=["never"])
-    output = asyncio.run(model.generate(asked(PROMPT, str(PICTURE)), config=config))
+    output = asyncio.run(model.generate(asked(PROMPT, data_url()), config=config))
     assert (output.stop_reason, output.usage.output_tokens) == ("max_tokens", 4)
     assert output.usage.input_tokens > 64
     assert len(output.choices[0].logprobs.content) == 4
     assert output.metadata["fired"]["vhr"]["considered"] > 0
     for wrong in (GenerateConfig(num_choices=2), GenerateConfig(presence_penalty=0.5)):
         with pytest.raises(UsageError):
-            asyncio.run(model.generate(asked(PROMPT, str(PICTURE)), config=wrong))
+            asyncio.run(model.generate(asked(PROMPT, data_url()), config=wrong))
