@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ import mmfix
 from mmfix.errors import UsageError
 from mmfix_decoding import loading, prompts
 from mmfix_decoding.answer import Answer, cut
+from mmfix_decoding.conversation import conversation
 from mmfix_decoding.images import ImageSource
 from mmfix_decoding.options import Plan, plan, refuse_unsettled
 from mmfix_decoding.prompts import ImageInput, Request
@@ -196,8 +197,41 @@ class Decoder:
         """
         if not isinstance(prompt, str):
             raise UsageError("stream() takes one prompt; give a string, or use generate() for a list")
-        request = prompts.single(image, prompt)
-        chosen = plan(self.model, self.processor, max_new_tokens, seed, 1, generation_kwargs)
+        return self._stream(prompts.single(image, prompt), max_new_tokens, seed, telemetry, generation_kwargs)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+        telemetry: bool = False,
+        max_prompt_tokens: int | None = None,
+        **generation_kwargs: Any,
+    ) -> TokenStream:
+        """Answer a conversation token by token.
+
+        One user message with its images before one text gives the same tokens as :meth:`stream` does.
+
+        Args:
+            messages: ``{"role", "content"}`` as transformers has them: an optional system message, then user and
+                assistant messages, the last one a user's; content is a text or a list of
+                ``{"type": "text", "text": …}`` and ``{"type": "image", "image": source}``.
+            max_prompt_tokens: most tokens that the prompt may have, image tokens included.
+            max_new_tokens, seed, telemetry, generation_kwargs: as for :meth:`stream`.
+
+        Raises:
+            PromptTooLong: by the first ``next()``; nothing has been computed.
+            ImageError, UsageError: as for :meth:`stream`; messages that are not a conversation.
+        """
+        talk = conversation(messages, max_prompt_tokens)
+        request = Request(talk.prompt, talk.sources, talk=talk)
+        return self._stream(request, max_new_tokens, seed, telemetry, generation_kwargs)
+
+    def _stream(
+        self, request: Request, max_new_tokens: int, seed: int | None, telemetry: bool, kwargs: dict[str, Any]
+    ) -> TokenStream:
+        chosen = plan(self.model, self.processor, max_new_tokens, seed, 1, kwargs)
         refuse_unsettled(self.model, chosen)
         request = request.load()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmfix.errors import ImageError, MmfixError, UnsupportedModel, UsageError
+from mmfix_decoding.conversation import Conversation, PromptTooLong, render
 from mmfix_decoding.images import ImageSource, load_image
 
 ImageInput: TypeAlias = "ImageSource | Sequence[ImageSource | None] | Sequence[Sequence[ImageSource]] | None"
@@ -26,17 +27,19 @@ class Request:
         prompt: the user's text.
         sources: the images before the text, in order; usually one, none for a prompt without a picture.
         place: how messages name this request in a call with many; empty in a call with one.
+        talk: the whole conversation, where there is more than the one prompt.
     """
 
     prompt: str
     sources: tuple[ImageSource, ...]
     place: str = ""
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
+    talk: Conversation | None = None
 
     def load(self) -> Request:
         """The same request with its images decoded."""
         try:
-            return Request(self.prompt, self.sources, self.place, tuple(load_image(s) for s in self.sources))
+            return replace(self, images=tuple(load_image(s) for s in self.sources))
         except ImageError as error:
             if not self.place:
                 raise
@@ -44,7 +47,7 @@ class Request:
 
     def digest(self) -> bytes:
         """SHA-256 of the prompt and the decoded pixels: equal requests have equal digests, wherever they stand."""
-        text = self.prompt.encode()
+        text = (self.prompt if self.talk is None else self.talk.canonical()).encode()
         sha = hashlib.sha256(len(text).to_bytes(8, "big") + text)
         for image in self.images:
             sha.update(b"%d x %d;" % image.size)
@@ -96,7 +99,7 @@ def load_images(requests: Sequence[Request]) -> list[Request]:
     for request in requests:
         before = loaded[-1] if loaded else None
         if before is not None and _same(before.sources, request.sources):
-            loaded.append(Request(request.prompt, request.sources, request.place, before.images))
+            loaded.append(replace(request, images=before.images))
         else:
             loaded.append(request.load())
     return loaded
@@ -154,6 +157,8 @@ def encode(requests: Sequence[Request], processor: Any, model: Any) -> dict[str,
 
 def _render(request: Request, processor: Any) -> str:
     token = image_token(processor)
+    if request.talk is not None and not request.talk.simple:
+        return render(request.talk, processor, token)
     if token and token in request.prompt:
         where = f"the prompt of {request.place}" if request.place else "the prompt"
         raise UsageError(f"{where} holds the image token {token!r}; leave it out: the decoder places the images itself")
@@ -180,6 +185,9 @@ def _verify(inputs: dict[str, Tensor], requests: Sequence[Request], model: Any) 
         raise UnsupportedModel(
             f"the processor of {type(model).__name__} does not pad on the left; call generate with batch_size=1"
         )
+    for request in requests:
+        if request.talk is not None and request.talk.limit is not None and ids.shape[1] > request.talk.limit:
+            raise PromptTooLong(ids.shape[1], request.talk.limit)
     config = model.config
     token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token_id is None:
