@@ -103,6 +103,15 @@ class Method:
         """Whether the method answers :meth:`mask`."""
         return type(self).mask is not Method.mask
 
+    def positions(self, spans: TokenSpans) -> Tensor:
+        """Int64[B, T]: the position of every prompt token; generated ones count on from the last one's."""
+        raise NotImplementedError
+
+    @property
+    def rewrites_positions(self) -> bool:
+        """Whether the method answers :meth:`positions`."""
+        return type(self).positions is not Method.positions
+
     @property
     def answer_marker(self) -> tuple[int, ...] | None:
         """Token ids that begin an answer, for a method that tells questions from answers; None has no say."""

@@ -23,6 +23,7 @@ from mmfix.families import Family
 from mmfix.inputs import Inputs
 from mmfix.layers import LayerState
 from mmfix.method import Method
+from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
@@ -56,6 +57,7 @@ class Session:
         self.backend = backend
         self.telemetry = telemetry
         self.markers = _markers(family, methods)
+        self.positions = rewriting(methods)
         self.image_mask: Tensor | None = None
         self.vision: Vision | None = None
         self.expander: Expander | None = None
@@ -120,6 +122,8 @@ class Session:
         # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
         guessed = max(0, given.kept - 1) if kind in ("prompt", "piece") and given.cache is not None else 0
         length = given.length - guessed
+        if kind == "again" and self._prompt_ids is not None:
+            length = self._prompt_ids.shape[1]
         if kind == "prompt":
             self._unshare()
             self._prompt_ids = None if given.ids is None else given.ids[:, :length]
@@ -153,8 +157,20 @@ class Session:
             given = Inputs.read((), expanded)
         self.seen = self.current.total
         self._rows(given.like.shape[0], given.length)
+        if self.positions is not None:
+            args, expanded = self._rewrite(given, args, expanded if expanded is not None else kwargs)
         self.active = True
-        return None if expanded is None else ((), expanded)
+        return None if expanded is None else (() if self.branching is not None else args, expanded)
+
+    def _rewrite(
+        self, given: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Inputs with the positions that a method gives them."""
+        assert self.positions is not None
+        assert self.spans is not None
+        new = rewritten(self.positions, self.spans, self.current.past, given.length)
+        name = self.family.name
+        return args, with_positions(kwargs, new, self.spans, self.current.total, name)
 
     def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
         """Compute the start of the prompt that no branch changes, once per prompt.
@@ -166,7 +182,7 @@ class Session:
         """
         from mmfix import prefix as prefixes
 
-        whole = self.sink_layers or self.head_layers or any(m.masks for m in self.methods)
+        whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and "cross_attention_mask" not in kwargs
