@@ -1,0 +1,70 @@
+"""Every core method in every family against an oracle that computes each branch alone, from scratch, at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.families import Tiny
+from support.family_models import Inputs
+from support.family_oracle import Oracle, contrast
+from torch import Tensor
+
+import mmfix
+
+STEPS = 4
+TOLERANCE = 1e-5  # of the largest logit
+VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9, "first_layer": 1}
+GAMMA, EPSILON = 1.0, 1e-6
+CUT = {"gamma": GAMMA, "epsilon": EPSILON}
+METHODS: dict[str, dict[str, Any]] = {
+    "plausibility": {"beta": 0.2}, "var": VAR, "vhr": {}, "causalmm": CUT, "causalmm-vision": CUT,
+    "causalmm-language": CUT,
+}  # fmt: skip
+
+
+def expectation(oracle: Oracle, name: str) -> Callable[[Inputs], Tensor]:
+    """Inputs → logits [B, T, V] that the method should give."""
+    if name == "var":
+        return lambda inputs: oracle.var(inputs, VAR)
+    if name == "vhr":
+        scales = oracle.vhr_scales((1, 2, 3))
+        return lambda inputs: oracle.vhr(inputs, scales)
+    if name == "plausibility":
+        return lambda inputs: contrast(oracle.plain(inputs), [], 0.0, 0.2)
+    levels = {
+        "causalmm": (oracle.vision, oracle.language),
+        "causalmm-vision": (oracle.vision,),
+        "causalmm-language": (oracle.language,),
+    }[name]
+    return lambda inputs: contrast(oracle.plain(inputs), [level(inputs) for level in levels], GAMMA, EPSILON)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    scale = float(want[want.isfinite()].abs().max())
+    torch.testing.assert_close(got, want.to(got.dtype), atol=TOLERANCE * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prefill_and_greedy_decoding_equal_the_oracle(tiny: Tiny, model: Any, name: str) -> None:
+    inputs = tiny.inputs(padded=True)
+    valid = inputs["attention_mask"].bool()
+    options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with mmfix.mitigate(model, name, **METHODS[name]) as fix:
+            whole = model(**inputs).logits
+            out = model.generate(**inputs, **options)
+        assert torch.equal(model(**inputs).logits, plain)
+    assert fix.report().fired[name].fired > 0
+    expected = expectation(Oracle(tiny, model, inputs), name)
+    first = expected(inputs)
+    assert (first - plain)[valid].abs().max() > 0.01, "the method does nothing here: the test shows nothing"
+    close(whole[valid], first[valid])
+    tokens = out.sequences[:, -STEPS:]
+    for step in range(STEPS):
+        want = expected(Oracle(tiny, model, inputs).grown(tokens[:, :step]))[:, -1]
+        close(out.logits[step], want)
+        assert torch.equal(tokens[:, step], want.argmax(-1))

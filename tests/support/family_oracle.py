@@ -1,0 +1,313 @@
+"""Every method written out from its paper's equations, for any family: each branch recomputed from scratch at every step.
+
+No cache, no rows of branches, dense float64 attention registered under a name of its own, and own code for maps, sinks,
+head factors and mixing. It shares nothing with mmfix but the weights of the model and the published definition of the
+counter-based random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from support.families import Tiny
+from support.family_models import IMAGE_ID, Inputs
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "family-oracle"
+Edit = Callable[[Tensor, Tensor], Tensor]  # (weights, allowed), both [B, H, L, S] → weights
+
+
+@dataclass
+class Plan:
+    """What one attention module does differently, and what is noted of it."""
+
+    weights: Edit | None = None
+    scale: Tensor | None = None  # [B, H], on head outputs
+    heads: Tensor | None = None  # noted: head outputs [B, H, L, D] before the scale
+
+
+@dataclass
+class Plans:
+    """Plans of the pass at hand, by attention module."""
+
+    by_module: dict[Any, Plan] = field(default_factory=dict)
+
+
+_NOW = Plans()
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    is_causal: bool | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Dense attention in float64 with the plan of `module`."""
+    q_len, s_len, repeats = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(repeats, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if attention_mask is not None:
+        mask = attention_mask[..., :s_len]
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    elif is_causal if is_causal is not None else getattr(module, "is_causal", True):
+        allowed = torch.ones(q_len, s_len, dtype=torch.bool).tril(s_len - q_len)
+    else:
+        allowed = torch.ones(q_len, s_len, dtype=torch.bool)
+    allowed = allowed.expand_as(scores)
+    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
+    plan = _NOW.by_module.get(module, Plan())
+    if plan.weights is not None:
+        weights = plan.weights(weights, allowed)
+    plan.heads = weights @ value
+    output = plan.heads if plan.scale is None else plan.heads * plan.scale[:, :, None, None]
+    return output.to(query.dtype).transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def oracle_attention(model: Any, plans: dict[Any, Plan]) -> Iterator[None]:
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    _NOW.by_module = plans
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        _NOW.by_module = {}
+        for config, setting in before:
+            config._attn_implementation_internal = setting
+
+
+def uniform_numbers(seed: int, head: Any, row: Any, key: Any) -> Any:
+    """The counter-based numbers on (0, 1) that random maps are defined by (broadcast NumPy integers)."""
+    m32 = np.uint64(0xFFFFFFFF)
+    head, row, key = np.broadcast_arrays(*(np.asarray(x, dtype=np.uint64) for x in (head, row, key)))
+    state = np.full(key.shape, (seed * 0x9E3779B1 + 0x85EBCA6B) & 0xFFFFFFFF, dtype=np.uint64)
+    for counter in (head, row, key):
+        state ^= (counter + np.uint64(1)) * np.uint64(0x9E3779B1) & m32
+        state = (state ^ (state >> np.uint64(16))) * np.uint64(0x7FEB352D) & m32
+        state = (state ^ (state >> np.uint64(15))) * np.uint64(0x846CA68B) & m32
+        state ^= state >> np.uint64(16)
+    return ((state >> np.uint64(8)).astype(np.float32) + 0.5) * 2.0**-24
+
+
+def random_map(valid: Tensor, seed: int = 0) -> Edit:
+    """Rows ``r_j / sum r`` over the allowed keys; places of rows and keys count tokens that are not padding [B, S]."""
+
+    def edit(weights: Tensor, allowed: Tensor) -> Tensor:
+        new = weights.clone()
+        for b in range(weights.shape[0]):
+            places = np.maximum(np.cumsum(valid[b].numpy()) - 1, 0)
+            for h in range(weights.shape[1]):
+                r = torch.from_numpy(uniform_numbers(seed, h, places[:, None], places[None, :])).double()
+                r = r * allowed[b, h]
+                mass = r.sum(-1, keepdim=True)
+                new[b, h] = torch.where(mass > 0, r / mass.clamp(min=1e-30), new[b, h])
+        return new
+
+    return edit
+
+
+def shuffled_map(weights: Tensor, allowed: Tensor, seed: int = 0) -> Tensor:
+    """Keys of one picture permuted, one permutation per head; keys that a row may not see are another picture's."""
+    new = weights.clone()
+    for b in range(weights.shape[0]):
+        for row in range(weights.shape[2]):
+            seen = allowed[b, 0, row].nonzero().flatten()
+            for h in range(weights.shape[1]):
+                order = np.argsort(uniform_numbers(seed, h, 0, np.arange(len(seen))), kind="stable")
+                new[b, h, row, seen] = weights[b, h, row, seen[torch.from_numpy(order)]]
+    return new
+
+
+@dataclass(frozen=True)
+class VarPlan:
+    """VAR in one layer: `hidden` [B, T, d] is the layer's input at the moment of the call."""
+
+    hidden: list[Tensor]
+    image: Tensor  # Bool[B, T] of the prompt
+    valid: Tensor
+    params: dict[str, Any]
+
+    def __call__(self, weights: Tensor, allowed: Tensor) -> Tensor:
+        p, new = self.params, weights.clone()
+        length, width = self.image.shape[1], weights.shape[-1]
+        x = self.hidden[-1][:, :length].double()
+        phi = x[..., list(p["sink_dims"])].abs().amax(-1) / x.square().mean(-1).sqrt()
+        for b in range(weights.shape[0]):
+            image = _grown(self.image[b], width)
+            sink = _grown((phi[b] >= p["tau"]) & self.valid[b], width)
+            if not image.any():
+                continue
+            first = int(image.nonzero().max()) + 1
+            for h in range(weights.shape[1]):
+                for row in range(first, weights.shape[2]):
+                    w = weights[b, h, row]
+                    on_image, on_sinks = w[image].sum(), w[image & sink].sum()
+                    source, target = w[sink].sum(), w[image & ~sink].sum()
+                    seen = (allowed[b, h, row] & image & sink).any()
+                    if not seen or on_image < p["min_image_mass"] or on_sinks > p["max_sink_share"] * on_image:
+                        continue
+                    if source == 0 or target == 0:
+                        continue
+                    new[b, h, row] = torch.where(sink, (1 - p["move"]) * w, w)
+                    new[b, h, row][image & ~sink] *= 1 + p["move"] * source / target
+        return new
+
+
+def _grown(mask: Tensor, width: int) -> Tensor:
+    return torch.cat([mask, mask.new_zeros(width - mask.shape[0])])
+
+
+class Oracle:
+    """One family's model and one batch of prompts.
+
+    Args:
+        tiny: the family.
+        model: its model.
+        parts: attention modules of the language model (one per layer) and of the tower, and the decoder layers,
+            found by :func:`parts`.
+    """
+
+    def __init__(self, tiny: Tiny, model: Any, inputs: Inputs) -> None:
+        self.tiny, self.model, self.inputs = tiny, model, inputs
+        self.image = inputs["input_ids"] == IMAGE_ID
+        self.valid = inputs["attention_mask"].bool()
+        self.layers, self.attentions, self.tower = parts(model)
+
+    # -- passes -------------------------------------------------------------------------------------------------
+
+    def grown(self, tokens: Tensor) -> Inputs:
+        """Inputs with generated tokens [B, t] appended."""
+        new = dict(self.inputs)
+        more = tokens.shape[1]
+        new["input_ids"] = torch.cat([new["input_ids"], tokens], 1)
+        new["attention_mask"] = torch.cat([new["attention_mask"], torch.ones_like(tokens)], 1)
+        if self.tiny.types:
+            new[self.tiny.types] = torch.cat([new[self.tiny.types], torch.full_like(tokens, self.tiny.later)], 1)
+        if "cross_attention_mask" in new:
+            last = new["cross_attention_mask"][:, -1:].expand(-1, more, -1, -1)
+            new["cross_attention_mask"] = torch.cat([new["cross_attention_mask"], last], 1)
+        return new
+
+    def forward(self, inputs: Inputs, plans: dict[Any, Plan]) -> Tensor:
+        """Logits [B, T, V] of one pass without a cache."""
+        with torch.no_grad(), oracle_attention(self.model, plans):
+            return self.model(**inputs, use_cache=False).logits
+
+    def plain(self, inputs: Inputs) -> Tensor:
+        return self.forward(inputs, {})
+
+    def language(self, inputs: Inputs, seed: int = 0) -> Tensor:
+        """CausalMM's language level: random maps in the self-attention of the middle third."""
+        count = len(self.layers)
+        valid = inputs["attention_mask"].bool()
+        middle = range(count // 3, max(count // 3 + 1, 2 * count // 3))
+        return self.forward(inputs, {self.attentions[n]: Plan(weights=random_map(valid, seed)) for n in middle})
+
+    def vision(self, inputs: Inputs, seed: int = 0) -> Tensor:
+        """CausalMM's vision level: keys shuffled in the last layer but one of the tower."""
+        return self.forward(inputs, {self.tower[-2]: Plan(weights=lambda w, a: shuffled_map(w, a, seed))})
+
+    def var(self, inputs: Inputs, params: dict[str, Any]) -> Tensor:
+        plans, handles = {}, []
+        for n in range(params["first_layer"], len(self.layers) - 1):
+            seen: list[Tensor] = []
+            handles.append(self.layers[n].register_forward_pre_hook(_noting(seen), with_kwargs=True))
+            plans[self.attentions[n]] = Plan(weights=VarPlan(seen, self.image, self.valid, params))
+        try:
+            return self.forward(inputs, plans)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def vhr_scales(self, layers: tuple[int, ...], alpha: float = 2.0) -> dict[int, Tensor]:
+        """layer → head factors [B, H]: layer by layer, both prompts run anew with the factors found so far."""
+        found: dict[int, Tensor] = {}
+        batch = self.image.shape[0]
+        for n in layers:
+            plan = Plan()
+            self.forward(self.inputs, {**self._scaled(found), self.attentions[n]: plan})
+            assert plan.heads is not None
+            with_image = plan.heads[:, :, -1]
+            rows = []
+            for b in range(batch):
+                alone = Plan()
+                mine = {m: Plan(scale=s[b : b + 1]) for m, s in ((self.attentions[k], found[k]) for k in found)}
+                self.text_only(b, {**mine, self.attentions[n]: alone})
+                assert alone.heads is not None
+                rows.append(choose_heads(with_image[b], alone.heads[0, :, -1], alpha))
+            found[n] = torch.stack(rows)
+        return found
+
+    def vhr(self, inputs: Inputs, scales: dict[int, Tensor]) -> Tensor:
+        return self.forward(inputs, self._scaled(scales))
+
+    def _scaled(self, scales: dict[int, Tensor]) -> dict[Any, Plan]:
+        return {self.attentions[n]: Plan(scale=scale) for n, scale in scales.items()}
+
+    def text_only(self, row: int, plans: dict[Any, Plan]) -> None:
+        """The prompt of one row without its image tokens and without padding."""
+        keep = self.valid[row] & ~self.image[row]
+        short = {"input_ids": self.inputs["input_ids"][row, keep][None]}
+        short["attention_mask"] = torch.ones_like(short["input_ids"])
+        outer = hasattr(self.model, "qformer")
+        if self.tiny.types == "token_type_ids":
+            short["token_type_ids"] = torch.zeros_like(short["input_ids"])
+        model = self.model.language_model if outer else self.model
+        if hasattr(self.model.base_model, "rope_deltas"):
+            self.model.base_model.rope_deltas = None
+        with torch.no_grad(), oracle_attention(self.model, plans):
+            model(**short, use_cache=False)
+
+
+def choose_heads(with_image: Tensor, alone: Tensor, alpha: float) -> Tensor:
+    """[H] factors from head outputs [H, D]: population deviation, mean-of-middles median, outliers dropped."""
+    vhd = (with_image - alone).square().sum(-1).sqrt()
+    text = alone.square().sum(-1)
+    large = [x > x.mean() + ((x - x.mean()) ** 2).mean().sqrt() for x in (vhd, text)]
+    vhd = torch.where(large[0] & large[1], torch.zeros_like(vhd), vhd)
+    ordered = sorted(vhd.tolist())
+    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return torch.where(vhd > median, alpha, 1.0).double()
+
+
+def contrast(factual: Tensor, others: list[Tensor], gamma: float, epsilon: float) -> Tensor:
+    """(1 + n gamma) l - gamma sum l', and the plausibility cut on l."""
+    mixed = (1 + len(others) * gamma) * factual - gamma * sum(others)
+    return mixed.masked_fill(factual < math.log(epsilon) + factual.amax(-1, keepdim=True), -math.inf)
+
+
+def parts(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Decoder layers, their attention modules, and the tower's attention modules, read off the module names."""
+    named = dict(model.named_modules())
+    language = next(
+        prefix
+        for prefix in ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
+        if f"{prefix}.layers.0" in named
+    )
+    layers = list(named[f"{language}.layers"])
+    attentions = [getattr(layer, "self_attn", None) or layer.cross_attn for layer in layers]
+    towers = ("model.vision_tower", "model.visual", "model.vision_model", "vision_model")
+    tower = next(prefix for prefix in towers if prefix in named)
+    ends = ("self_attn", "attn", "attention")
+    vision = [
+        module for name, module in named.items() if name.startswith(f"{tower}.") and name.rsplit(".", 1)[-1] in ends
+    ]
+    return layers, attentions, vision
+
+
+def _noting(seen: list[Tensor]) -> Any:
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    return note
