@@ -77,12 +77,12 @@ def sink_dimensions(family: Family) -> tuple[int, ...]:
         vicuna = text != "llama" or vocabulary in _VICUNA_VOCABULARIES
         if kind in kinds and (text, hidden, layers) == (known_text, known_hidden, known_layers) and vicuna:
             return dims
-    found = _stored(family.model).get("sinks")
+    found = _stored(family.whole).get("sinks")
     if found:
         return tuple(int(d) for d in found["sink_dims"])
     raise MethodError(
-        f"the sink dimensions of {_name(family.model)!r} are not known; run "
-        f"`mmfix calibrate sinks --model {_name(family.model)}`, or give var.sink_dims"
+        f"the sink dimensions of {_name(family.whole)!r} are not known; run "
+        f"`mmfix calibrate sinks --model {_name(family.whole)}`, or give var.sink_dims"
     )
 
 
@@ -191,7 +191,7 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
 
 def _observe(family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Layer inputs [B, T, hidden] and attention received per key [B, T], for every layer of one prefill."""
-    decoder, model = family.decoder, family.model
+    decoder, model = family.decoder, family.whole
     before = decoder.config._attn_implementation_internal
     decoder.set_attn_implementation("eager")  # the only implementation that returns maps
     try:

@@ -13,7 +13,7 @@ from mmfix import report as reports
 from mmfix.calibration import calibrated
 from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel, UsageError
 from mmfix.expand import Expander
-from mmfix.families import Family, describe
+from mmfix.families import Family, describe, why_not
 from mmfix.install import disturbed, install
 from mmfix.method import Method
 from mmfix.restore import ATTRIBUTE, Snapshot
@@ -137,9 +137,12 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
     built = []
     for one in given:
         if isinstance(one, str):
-            one = calibrated(family.model, one, **params)
+            one = calibrated(family.whole, one, **params)
         if not isinstance(one, Method):
             raise MethodError(f"{one!r} is not a method; give a name such as 'var' or an object such as VAR()")
+        reason = why_not(family, one)
+        if reason:
+            raise UnsupportedModel(f"{family.name}: {one.info.name} does not apply: {reason}; use another method")
         built.append(one.prepare(family))
     names = [m.info.name for m in built]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -162,7 +165,7 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         vision = Vision(family, branches, backend)
         if vision.edits_tower and not family.tower_attentions:
             raise UnsupportedModel(
-                f"{type(family.model).__name__}: the vision tower's attention modules cannot be found or replaced, and "
+                f"{family.name}: the vision tower's attention modules cannot be found or replaced, and "
                 f"{one.info.name} changes them; use a method that leaves the vision tower alone"
             )
         session.vision, session.mix, session.mix_owner = vision, mix, owner

@@ -14,11 +14,12 @@ from mmfix.conversation import image_tokens
 from mmfix.errors import MmfixError
 from mmfix.families import Family
 from mmfix.inputs import Inputs
+from mmfix.outer import Outer
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision
 from mmfix_kernels import Edit, HeadScale
 
-_PER_ROW = ("token_type_ids", "mm_token_type_ids")
+_PER_ROW = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
 
 class Expander:
@@ -28,6 +29,7 @@ class Expander:
         self.family = family
         self.rows = Rows(branches)
         self.vision = vision
+        self.outer: Outer | None = None  # of a model whose own generate() encodes the picture
         self.image = torch.zeros(0, 0, dtype=torch.bool)  # Bool[B*R, T], image tokens of the rows' prompts
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
@@ -75,7 +77,10 @@ class Expander:
         self.longer = 0
         if given.ids is None:
             assert given.embeds is not None
-            embeds, wide_valid = drop_image(self.rows.expand(given.embeds), wide_valid, wide_image, gone, 0)
+            embeds = self.rows.expand(given.embeds)
+            if self.outer is not None:
+                embeds = self.outer.row_embeddings(given.embeds, image & valid, self.vision.row_looks)
+            embeds, wide_valid = drop_image(embeds, wide_valid, wide_image, gone, 0)
             kwargs["inputs_embeds"] = embeds
             wide_image = wide_image & ~gone[:, None]
         else:
@@ -101,7 +106,7 @@ class Expander:
             kwargs = self.vision.encode(kwargs)
         if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
             kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image)
-        elif given.ids is None and self.vision.needed:
+        elif given.ids is None and self.vision.needed and self.outer is None:
             raise MmfixError(
                 "the image's features are already merged into inputs_embeds, so a branch cannot look at the picture "
                 "anew; pass input_ids and pixel_values, or use a method that edits the language model only"
@@ -174,12 +179,16 @@ class Expander:
     def _types(self, types: Tensor, prompt: bool) -> Tensor:
         """Token types of the rows; a row without the image, or with another prompt, has those of its own tokens."""
         wide = self.rows.expand(types)
-        if not prompt:
+        if not prompt or types.ndim > 2:
             return wide
         wide = F.pad(wide, (self.longer, 0))
         image = F.pad(self.image[:, -wide.shape[1] :], (0, max(0, wide.shape[1] - self.image.shape[1])))
         changed = any(not b.image or b.prompt is not None for b in self.rows.branches)
-        return torch.where(image, wide.amax().clamp(min=1), torch.zeros_like(wide)) if changed else wide
+        if not changed:
+            return wide
+        factual = slice(None, None, self.rows.count)
+        marked = wide[factual][image[factual]]  # 1 as a rule, 0 for a model whose types mean prompt and answer
+        return torch.where(image, marked.amax() if len(marked) else 0, torch.zeros_like(wide))
 
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:
         """Attention mask and positions of the rows; those of rows whose prompt changed are made anew."""
@@ -201,7 +210,7 @@ class Expander:
             rows = changed.repeat(valid.shape[0] // self.rows.count)
             if positions is not None and positions.ndim == 3 and any(b.prompt is not None for b in branches):
                 raise MmfixError(
-                    f"{type(self.family.model).__name__} numbers image tokens along several axes, and a branch with "
+                    f"{self.family.name} numbers image tokens along several axes, and a branch with "
                     "another prompt around the image is not built for that; use a method without such a branch"
                 )
             # Text alone has the same number on every axis.

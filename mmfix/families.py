@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mmfix.errors import UnsupportedModel
+from mmfix.method import Method
 from mmfix.segments import Markers
 
 
@@ -20,15 +21,18 @@ class Family:
     """One model, described.
 
     Args:
-        model: the module that ``generate()`` drives.
+        model: the module whose forward pass runs once per token.
         decoder: the language model's stack of layers.
         layers: decoder layers, in order.
-        attentions: the self-attention module of each layer.
+        attentions: the attention module of each layer.
         image_token_id: id of the placeholder that marks image tokens in ``input_ids``.
         num_heads: query heads per layer.
         hidden_size: width of the residual stream.
         tower: the vision tower, or None when it cannot be found.
         tower_attentions: the attention module of each tower layer; empty when the tower computes attention itself.
+        outer: the model as the user has it, when its own ``generate()`` encodes the picture and then drives `model`
+            with embeddings (BLIP-2, InstructBLIP); None when it is `model`.
+        cross_layers: layers that attend to the picture instead of the prompt (Llama 3.2 Vision).
         markers: token ids that open the sides of a conversation, where a processor told them.
     """
 
@@ -41,6 +45,8 @@ class Family:
     hidden_size: int
     tower: Any = None
     tower_attentions: tuple[nn.Module, ...] = ()
+    outer: Any = None
+    cross_layers: frozenset[int] = frozenset()
     markers: Markers | None = None
 
     @property
@@ -48,11 +54,21 @@ class Family:
         return len(self.layers)
 
     @property
+    def whole(self) -> Any:
+        """The model as the user has it."""
+        return self.model if self.outer is None else self.outer
+
+    @property
+    def name(self) -> str:
+        """Class name of the model, for messages."""
+        return type(self.whole).__name__
+
+    @property
     def fingerprint(self) -> tuple[str, str, int, int, int]:
         """(model type, text model type, hidden size, layers, vocabulary): what tells checkpoints' shapes apart."""
         text = self.decoder.config
         return (
-            str(self.model.config.model_type),
+            str(self.whole.config.model_type),
             str(text.model_type),
             self.hidden_size,
             self.num_layers,
@@ -73,45 +89,96 @@ def describe(model: Any) -> Family:
             f"{name} is not a transformers model (no config, no get_decoder()); "
             "load it with AutoModelForImageTextToText.from_pretrained"
         )
-    kind = getattr(config, "model_type", "?")
     image_token_id = getattr(config, "image_token_id", None)
     if image_token_id is None:
         image_token_id = getattr(config, "image_token_index", None)
     if image_token_id is None:
         raise UnsupportedModel(
-            f"{name} (model type {kind!r}): config.image_token_id is missing, so image tokens cannot be found; "
+            f"{name} (model type {_kind(model)!r}): config.image_token_id is missing, so image tokens cannot be found; "
             "use a model that takes images, or set config.image_token_id"
         )
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedModel(
-            f"{name} (model type {kind!r}): {type(decoder).__name__} has no list of layers called 'layers'; "
-            "this architecture needs an entry in mmfix.families"
-        )
-    attentions = tuple(_attention(layer, name) for layer in layers)
+    driven = _driven(model)
+    decoder = _decoder(driven, name, _kind(model))
+    attentions = tuple(_attention(layer, name) for layer in decoder.layers)
     text = decoder.config
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
     if heads is None or hidden is None:
         raise UnsupportedModel(f"{name}: {type(text).__name__} does not tell num_attention_heads and hidden_size")
-    if not getattr(decoder, "_can_set_attn_implementation", lambda: False)():
-        raise UnsupportedModel(
-            f"{name}: {type(decoder).__name__} computes attention outside transformers' AttentionInterface; "
-            "update transformers, or use a model whose attention can be replaced"
-        )
     tower = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
     tower = None if tower is model or tower is decoder else tower
     return Family(
-        model,
+        driven,
         decoder,
-        tuple(layers),
+        tuple(decoder.layers),
         attentions,
         int(image_token_id),
         int(heads),
         int(hidden),
         tower,
         _tower_attentions(tower),
+        None if driven is model else model,
+        frozenset(n for n, module in enumerate(attentions) if "CrossAttention" in type(module).__name__),
     )
+
+
+def why_not(family: Family, method: Method) -> str:
+    """Why a method means nothing in this family; "" when it applies.
+
+    Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
+    leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
+    """
+    if not family.cross_layers:
+        return ""
+    touches_keys = method.masks or type(method).edits is not Method.edits
+    drops_image = any(not branch.image for branch in method.branches(family))
+    reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
+    if touches_keys or drops_image or reads_heads:
+        crossed = ", ".join(map(str, sorted(family.cross_layers)))
+        return f"image keys live in the cross-attention layers ({crossed}) only, none in self-attention"
+    return ""
+
+
+def _kind(model: Any) -> str:
+    return str(getattr(model.config, "model_type", "?"))
+
+
+def _driven(model: Any) -> Any:
+    """The module that runs once per token: the model, or its language model when ``generate()`` is its own."""
+    from transformers import GenerationMixin
+
+    inner = getattr(model, "language_model", None)
+    own = getattr(type(model), "generate", None)
+    if own is None or own is GenerationMixin.generate or not isinstance(inner, GenerationMixin):
+        return model
+    if getattr(inner.config, "is_encoder_decoder", False):  # type: ignore[attr-defined]
+        raise UnsupportedModel(
+            f"{type(model).__name__} (model type {_kind(model)!r}): its language model {type(inner).__name__} is an "
+            "encoder-decoder, whose image tokens are not keys of the decoder; use a checkpoint with a decoder-only "
+            "language model"
+        )
+    return inner
+
+
+def _decoder(model: Any, name: str, kind: str) -> Any:
+    """The module with the list of layers, below however many wrappers."""
+    decoder = model.get_decoder()
+    for _ in range(3):
+        layers = getattr(decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            break
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        if inner is decoder:
+            raise UnsupportedModel(
+                f"{name} (model type {kind!r}): {type(decoder).__name__} has no list of layers called 'layers'; "
+                "this architecture needs an entry in mmfix.families"
+            )
+        decoder = inner
+    if not getattr(decoder, "_can_set_attn_implementation", lambda: False)():
+        raise UnsupportedModel(
+            f"{name}: {type(decoder).__name__} computes attention outside transformers' AttentionInterface; "
+            "update transformers, or use a model whose attention can be replaced"
+        )
+    return decoder
 
 
 def _tower_attentions(tower: Any) -> tuple[nn.Module, ...]:
@@ -126,11 +193,13 @@ def _tower_attentions(tower: Any) -> tuple[nn.Module, ...]:
 
 
 def _attention(layer: nn.Module, model_name: str) -> nn.Module:
-    """The self-attention of one decoder layer: the module that knows its ``layer_idx`` and projects queries."""
+    """The attention of one decoder layer: the module below it that knows its ``layer_idx`` and projects queries."""
     found = [
         module
         for module in layer.modules()
-        if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__
+        if module is not layer
+        and getattr(module, "layer_idx", None) is not None
+        and "Attention" in type(module).__name__
     ]
     if not found:
         raise UnsupportedModel(

@@ -13,6 +13,7 @@ from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.families import Family
 from mmfix.hooks import NAME, register_attention
 from mmfix.layers import LayerState
+from mmfix.outer import Outer
 from mmfix.restore import ATTRIBUTE, PrivateConfigs, Snapshot
 from mmfix.session import Session
 from mmfix.vision import TowerState, Vision
@@ -21,17 +22,18 @@ from mmfix.vision import TowerState, Vision
 def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitStack) -> None:
     """Change the model; every change is undone by `stack`, also when a later one fails."""
     register_attention()
-    private = PrivateConfigs(family.model)
+    private = PrivateConfigs(family.whole)
     stack.callback(private.put_back)
     family.decoder.set_attn_implementation(NAME)
     for module, state in zip(family.attentions, session.layers, strict=True):
         if getattr(module.config, "_attn_implementation", None) != NAME:
             raise UnsupportedModel(
-                f"{type(family.model).__name__}: {type(module).__name__} of layer {state.layer} keeps its own "
+                f"{family.name}: {type(module).__name__} of layer {state.layer} keeps its own "
                 "attention, outside transformers' AttentionInterface; update transformers or use another model"
             )
-        stack.callback(module.__dict__.pop, ATTRIBUTE, None)
-        module.__dict__[ATTRIBUTE] = state
+        if state.layer not in family.cross_layers:  # their keys are the picture's, not the prompt's
+            stack.callback(module.__dict__.pop, ATTRIBUTE, None)
+            module.__dict__[ATTRIBUTE] = state
 
     def hook(handle: Any) -> None:
         snapshot.hook_ids.add(handle.id)
@@ -40,6 +42,12 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
     stack.callback(session.close)
     if session.vision is not None and session.vision.needed:
         _install_vision(family, session.vision, stack)
+    if family.outer is not None:
+        outer = Outer(family, session)
+        if session.expander is not None:
+            session.expander.outer = outer
+        for handle in outer.hooks():
+            hook(handle)
     _install_calls(family.model, session, stack)
     hook(
         family.model.register_forward_pre_hook(
@@ -62,7 +70,7 @@ def disturbed(family: Family, session: Session) -> list[str]:
         setting = getattr(module.config, "_attn_implementation", None)
         if setting != NAME:
             found.append(f"attention of layer {state.layer} was set to {setting!r}")
-        if module.__dict__.get(ATTRIBUTE) is not state:
+        if module.__dict__.get(ATTRIBUTE) is not state and state.layer not in family.cross_layers:
             found.append(f"the state of layer {state.layer} was replaced")
     return found
 
@@ -70,15 +78,16 @@ def disturbed(family: Family, session: Session) -> list[str]:
 def _install_vision(family: Family, vision: Vision, stack: ExitStack) -> None:
     """Catch pixels where they are encoded and, where a branch edits the tower, replace its attention."""
     base = family.model.base_model
-    stack.callback(base.__dict__.pop, "get_image_features", None)
-    base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
+    if hasattr(base, "get_image_features"):
+        stack.callback(base.__dict__.pop, "get_image_features", None)
+        base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
     if not vision.edits_tower:
         return
     family.tower.set_attn_implementation(NAME)
     for number, module in enumerate(family.tower_attentions):
         if getattr(module.config, "_attn_implementation", None) != NAME:
             raise UnsupportedModel(
-                f"{type(family.model).__name__}: {type(module).__name__} of the vision tower keeps its own attention"
+                f"{family.name}: {type(module).__name__} of the vision tower keeps its own attention"
             )
         stack.callback(module.__dict__.pop, ATTRIBUTE, None)
         module.__dict__[ATTRIBUTE] = TowerState(number, vision)

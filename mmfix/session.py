@@ -355,7 +355,7 @@ class Session:
         """Refuse a call of a part of the model: its prompt would be unknown."""
         if not self.active:
             raise MmfixError(
-                f"attention ran outside a call of {type(self.family.model).__name__}, so the prompt is unknown; "
+                f"attention ran outside a call of {self.family.name}, so the prompt is unknown; "
                 "inside mitigate() call the model itself or its generate(), not one of its parts"
             )
 

@@ -3,25 +3,25 @@
 ``generate()`` encodes images before the model's first forward pass, so pixels are caught where they are encoded: the
 model's ``get_image_features``. Its result carries the features of every branch side by side in the last axis, which
 survives whatever ``generate()`` does to the list of images (beams, several sequences), and is taken apart when the rows
-are expanded.
+are expanded (:mod:`mmfix.features`).
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfix import features, tower
 from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
-from mmfix_kernels import AttentionCall, KeyGroups, Label, MapReplacement, grouped_attention
+from mmfix_kernels import MapReplacement
 from mmfix_kernels.maps import counter_uniform
 
 
@@ -47,9 +47,9 @@ class Vision:
         self.family = family
         self.branches = branches
         self.backend = backend
-        self.editing: VisionEdit | None = None  # the look that the tower is taking now
+        self.looking = False  # whether a look other than the plain one is being taken
+        self.editing: VisionEdit | None = None  # its edit of the tower
         self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses
-        self.original: Any = None
 
     @property
     def needed(self) -> bool:
@@ -60,42 +60,45 @@ class Vision:
         """Whether some branch changes the tower itself, not only the picture."""
         return any(branch.vision is not None for branch in self.branches)
 
+    @property
+    def row_looks(self) -> list[int | None]:
+        """For each row of a prompt, the look that it sees: 0 is the plain one, None is no picture."""
+        rows: list[int | None] = [0]
+        count = 0
+        for branch in self.branches:
+            count += branch.looks
+            rows.append(count if branch.looks else 0 if branch.image else None)
+        return rows
+
     def wrapped(self, original: Any) -> Any:
-        """``get_image_features`` whose image features hold all branches, [N, (1 + edits) * hidden] per image."""
-        self.original = original
+        """``get_image_features`` whose image features hold all looks, side by side in the last axis."""
+        first = next(iter(inspect.signature(original).parameters))
 
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            if self.editing is not None or not hasattr(output, "pooler_output"):
+            if self.looking or not hasattr(output, "pooler_output"):
                 return output
-            looks = [list(output.pooler_output)]
-            for branch in self.branches:
-                if branch.looks:
-                    looks.append(self._look(branch, original, args, kwargs))
-            packed = [torch.cat(parts, dim=-1) for parts in zip(*looks, strict=True)]
-            output.pooler_output = packed if isinstance(output.pooler_output, (list, tuple)) else torch.stack(packed)
-            return output
+            pixels, rest = (args[0], args[1:]) if args else (kwargs.pop(first), ())
+            return features.pack([output, *self.looks(lambda changed: original(changed, *rest, **kwargs), pixels)])
 
         return get_image_features
 
-    def _look(self, branch: Branch, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def looks(self, encode: Callable[[Tensor], Any], pixels: Tensor) -> list[Any]:
+        """What `encode`, a pass of the tower over `pixels`, returns for each branch that looks anew."""
+        return [self._look(branch, encode, pixels) for branch in self.branches if branch.looks]
+
+    def _look(self, branch: Branch, encode: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         if branch.pixels is not None:
-            name = next(iter(inspect.signature(original).parameters))
-            if args:
-                args = (branch.pixels(args[0]), *args[1:])
-            else:
-                kwargs = {**kwargs, name: branch.pixels(kwargs[name])}
+            pixels = branch.pixels(pixels)
         edit = branch.vision
-        if edit is None:
-            return list(original(*args, **kwargs).pooler_output)
-        self.editing, self.captured = edit, None
-        projector = _projector(self.family) if edit.variant == "release" else None
+        self.looking, self.editing, self.captured = True, edit, None
+        projector = _projector(self.family) if edit is not None and edit.variant == "release" else None
         handle = projector.register_forward_pre_hook(self._scale_features) if projector is not None else None
         try:
-            return list(original(*args, **kwargs).pooler_output)
+            return encode(pixels)
         finally:
-            self.editing = None
+            self.looking, self.editing = False, None
             if handle is not None:
                 handle.remove()
 
@@ -104,28 +107,25 @@ class Vision:
         edit = self.editing
         layers = len(self.family.tower_attentions)
         if edit is None or not any(state.layer == layer % layers for layer in edit.layers):
-            return grouped_attention(AttentionCall(**inputs), self.backend).output.transpose(1, 2).contiguous(), None
-        key = inputs["key"]
-        labels = torch.full((key.shape[0], key.shape[2]), int(Label.IMAGE), dtype=torch.int8, device=key.device)
-        groups = KeyGroups.plain(labels)
-        if edit.variant == "release":
-            identity = torch.eye(key.shape[2], device=key.device, dtype=torch.float32)
-            whole = {name: value.float() for name, value in inputs.items() if name in ("query", "key")}
-            values = identity.expand(*key.shape[:2], *identity.shape)
-            self.captured = grouped_attention(AttentionCall(**{**inputs, **whole, "value": values})).output
-            edits: list[MapReplacement] = []
+            output = tower.plain(inputs, self.backend)
+        elif edit.variant == "release":
+            self.captured = tower.attention_map(inputs)
+            output = tower.plain(inputs, self.backend)
         else:
-            edits = [edit.maps]
-        call = AttentionCall(**inputs, groups=groups, edits=edits)
-        return grouped_attention(call, self.backend).output.transpose(1, 2).contiguous(), None
+            output = tower.replaced(edit.maps, inputs, self.backend)
+        return output.transpose(1, 2).contiguous(), None
 
     def _scale_features(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Multiply the features that enter the projector by the released code's weights."""
-        assert self.captured is not None
         assert self.editing is not None
-        features = args[0]
-        weights = release_weights(release_map(self.editing.maps, self.captured), features.shape[1])
-        return (features * weights[..., None].to(features.dtype), *args[1:])
+        values = args[0]
+        if self.captured is None or values.ndim != 3 or self.captured.shape[0] != values.shape[0]:
+            raise UnsupportedModel(
+                f"{self.family.name} packs pictures or windows, so there is no one map per picture, which the release "
+                "variant needs; use variant='paper'"
+            )
+        weights = release_weights(release_map(self.editing.maps, self.captured), values.shape[1])
+        return (values * weights[..., None].to(values.dtype), *args[1:])
 
     def take_apart(self, outputs: dict[str, Any], image: Tensor) -> dict[str, Any]:
         """Image features for expanded rows.
@@ -137,43 +137,49 @@ class Vision:
         Returns:
             A copy whose images follow the rows ``b*R + r``; rows without an image have none.
         """
-        found = copy.copy(outputs["image"])
-        features = found.pooler_output
-        listed = isinstance(features, (list, tuple))
-        flat = torch.cat(list(features)) if listed else features.reshape(-1, features.shape[-1])
-        counts = image.sum(-1).tolist()
-        if sum(counts) != flat.shape[0]:
-            raise UnsupportedModel(
-                f"the prompts have {sum(counts)} image tokens and their pictures give {flat.shape[0]} features; the "
-                "processor and the model disagree"
-            )
-        looks = flat.chunk(1 + sum(b.looks for b in self.branches), dim=-1)
-        rows: list[Tensor] = []
-        for start, count in zip(itertools.accumulate([0, *counts]), counts, strict=False):
-            place = 0
-            rows.append(looks[0][start : start + count])
-            for branch in self.branches:
-                place += branch.looks
-                if branch.image:
-                    rows.append(looks[place if branch.looks else 0][start : start + count])
-        found.pooler_output = rows if listed else torch.cat(rows)
+        count = 1 + sum(branch.looks for branch in self.branches)
+        found = features.take_apart(outputs["image"], image, count, self.row_looks)
         return {**outputs, "image": found}
 
     def encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a forward pass with pixels turned into ``mm_encoder_outputs``."""
+        """Keyword arguments of a forward pass with pixels turned into ``mm_encoder_outputs``.
+
+        Positions that depend on the picture's grid (Qwen-VL) are computed here, since the grid goes with the pixels.
+        """
+        if self.family.cross_layers:
+            return self._encode_crossed(kwargs)
         base = self.family.model.base_model
         if "mm_encoder_outputs" not in inspect.signature(self.family.model.forward).parameters:
             raise UnsupportedModel(
-                f"{type(self.family.model).__name__}.forward takes no mm_encoder_outputs, so branches cannot share the "
-                "encoded picture; update transformers"
+                f"{self.family.name}.forward takes no mm_encoder_outputs, so branches cannot share the encoded "
+                "picture; update transformers"
             )
         wanted = [name for name in inspect.signature(base.get_image_features).parameters if name in kwargs]
         given = {name: kwargs[name] for name in wanted if name != "kwargs"}
         rest = {name: value for name, value in kwargs.items() if name not in given}
+        if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
+            known = inspect.signature(base.compute_3d_position_ids).parameters
+            rest["position_ids"] = base.compute_3d_position_ids(**{name: kwargs.get(name) for name in known})
         outputs = dict(kwargs.get("mm_encoder_outputs") or {})
         if given.get("pixel_values") is not None:
             outputs["image"] = base.get_image_features(**given, return_dict=True)
         return {**rest, "mm_encoder_outputs": outputs}
+
+    def _encode_crossed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same for a model whose layers attend to the picture: its states, one batch row per row of the prompts."""
+        base = self.family.model.base_model
+        given = {name: kwargs[name] for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+        pixels = kwargs["pixel_values"]
+
+        def states(pixels: Tensor) -> Tensor:
+            hidden = base.vision_model(pixel_values=pixels, **given).last_hidden_state
+            projected: Tensor = base.multi_modal_projector(hidden)
+            return projected.view(len(hidden), -1, hidden.shape[-2], base.hidden_size)
+
+        found = [states(pixels), *self.looks(states, pixels)]
+        rows = torch.stack([found[look or 0] for look in self.row_looks], dim=1)  # [B, R, tiles, patches, hidden]
+        rest = {name: value for name, value in kwargs.items() if name not in (*given, "pixel_values")}
+        return {**rest, "cross_attention_states": rows.flatten(0, 2)}
 
 
 def _projector(family: Family) -> nn.Module:
@@ -182,7 +188,7 @@ def _projector(family: Family) -> nn.Module:
         if isinstance(found, nn.Module):
             return found
     raise UnsupportedModel(
-        f"{type(family.model).__name__} has no projector between tower and language model that mmfix knows, which "
+        f"{family.name} has no projector between tower and language model that mmfix knows, which "
         "the release variant multiplies; use variant='paper'"
     )
 

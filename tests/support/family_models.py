@@ -312,9 +312,12 @@ def questions(rows: list[list[int]]) -> Inputs:
 
 
 def mllama() -> Any:
-    """Cross-attention in layers 0 and 2 of four."""
+    """Cross-attention in layers 1 and 3 of six."""
     words = text(
-        hf.MllamaTextConfig, cross_attention_layers=[0, 2], rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+        hf.MllamaTextConfig,
+        cross_attention_layers=[1, 3],
+        num_hidden_layers=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
     vision = hf.MllamaVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1, attention_heads=4,

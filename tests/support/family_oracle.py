@@ -122,6 +122,8 @@ def shuffled_map(weights: Tensor, allowed: Tensor, seed: int = 0) -> Tensor:
     new = weights.clone()
     for b in range(weights.shape[0]):
         for row in range(weights.shape[2]):
+            if not allowed[b, 0, row, row]:
+                continue  # filler
             seen = allowed[b, 0, row].nonzero().flatten()
             for h in range(weights.shape[1]):
                 order = np.argsort(uniform_numbers(seed, h, 0, np.arange(len(seen))), kind="stable")
@@ -212,7 +214,8 @@ class Oracle:
         count = len(self.layers)
         valid = inputs["attention_mask"].bool()
         middle = range(count // 3, max(count // 3 + 1, 2 * count // 3))
-        return self.forward(inputs, {self.attentions[n]: Plan(weights=random_map(valid, seed)) for n in middle})
+        chosen = [self.attentions[n] for n in middle if not hasattr(self.layers[n], "cross_attn")]
+        return self.forward(inputs, {module: Plan(weights=random_map(valid, seed)) for module in chosen})
 
     def vision(self, inputs: Inputs, seed: int = 0) -> Tensor:
         """CausalMM's vision level: keys shuffled in the last layer but one of the tower."""
@@ -292,7 +295,12 @@ def parts(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     named = dict(model.named_modules())
     language = next(
         prefix
-        for prefix in ("model.language_model", "model.text_model", "language_model.model.decoder", "language_model.model")
+        for prefix in (
+            "model.language_model",
+            "model.text_model",
+            "language_model.model.decoder",
+            "language_model.model",
+        )
         if f"{prefix}.layers.0" in named
     )
     layers = list(named[f"{language}.layers"])
