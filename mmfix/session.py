@@ -140,7 +140,7 @@ class Session:
         single = kind == "step" and given.length == 1
         self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
         if prefill:
-            self._prompt(given, (expanded or kwargs).get("attention_mask"), kind == "piece")
+            self._prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
                 self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
@@ -257,7 +257,7 @@ class Session:
         assert self._last is not None
         return given.picture is self._last.picture and torch.equal(ids[:, :-1], last)
 
-    def _prompt(self, given: Inputs, attention_mask: Any, further: bool) -> None:
+    def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
@@ -268,7 +268,7 @@ class Session:
             image = image_tokens(ids, torch.Size((shape[0], length)), self.family.image_token_id, self.image_mask)
         width = past + length
         like = given.like.new_empty(shape[0], width)
-        valid = token_spans.padding_mask(attention_mask, like)
+        valid = token_spans.padding_mask(kwargs.get("attention_mask"), like)
         if further:
             assert self.talk is not None
             self._check_piece(past)
@@ -286,7 +286,7 @@ class Session:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
-            self._begin_text_only(past, length)
+            self._begin_text_only(kwargs.get("token_type_ids"))
 
     def _check_piece(self, past: int) -> None:
         """Refuse what cannot be done piece by piece."""
@@ -305,11 +305,15 @@ class Session:
                 "or inputs_embeds); give the whole conversation with a fresh cache"
             )
 
-    def _begin_text_only(self, past: int, length: int) -> None:
+    def _begin_text_only(self, types: Tensor | None) -> None:
         talk = self.talk
         assert talk is not None
         scale = all(m.scales_text_only for m in self.methods)
-        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, max(self.head_layers), scale)
+        if types is not None and types.shape[1] < talk.spans.length:  # a further turn: the types of the first are gone
+            types = None
+        types = None if types is None else types[:, : talk.spans.length]
+        last = max(self.head_layers)
+        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, last, scale, types)
         self.text_only.record()
         self.extra_passes += 1
 
@@ -353,7 +357,7 @@ class Session:
 
     def check_inside(self) -> None:
         """Refuse a call of a part of the model: its prompt would be unknown."""
-        if not self.active:
+        if not self.active and not self.aside:
             raise MmfixError(
                 f"attention ran outside a call of {self.family.name}, so the prompt is unknown; "
                 "inside mitigate() call the model itself or its generate(), not one of its parts"

@@ -33,6 +33,7 @@ class TextOnly:
         embeds: Tensor | None,
         last_layer: int,
         scaled: bool,
+        types: Tensor | None = None,
     ) -> None:
         """Embed the prompt without its image tokens, right-aligned and with positions closed up.
 
@@ -40,6 +41,7 @@ class TextOnly:
             ids, embeds: the prompt's tokens [B, T] or their embeddings [B, T, hidden]; one of them.
             last_layer: the last layer whose head outputs will be asked for.
             scaled: whether head factors act on this branch too.
+            types: ``token_type_ids`` [B, T] where the model makes its mask from them (PaliGemma, Gemma 3).
         """
         self.family = family
         self.last_layer = last_layer
@@ -60,13 +62,18 @@ class TextOnly:
             embeds = family.model.get_input_embeddings()(ids.masked_fill(spans.image, 0))
         assert embeds is not None
         self.hidden = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))  # [B, width, hidden]
+        self.types = None if types is None else types.gather(1, order)
 
     def record(self) -> None:
-        """Call the decoder with every layer stubbed out, to learn the arguments it gives its layers."""
+        """Call the model with every layer stubbed out, to learn what it gives its layers."""
 
         def stub(*args: Any, **kwargs: Any) -> Any:
             self.arguments.append((args, kwargs))
             return args[0] if args else kwargs["hidden_states"]
+
+        # The wrapper around the decoder makes the mask in some models, and only it knows token types.
+        base = self.family.model.base_model
+        typed = {} if self.types is None else {"token_type_ids": self.types}
 
         before = [layer.__dict__.get("forward") for layer in self.family.layers]
         self.running = "advance"  # keeps the layer hooks quiet
@@ -75,7 +82,9 @@ class TextOnly:
                 layer.__dict__["forward"] = stub
             mask = self.mask.long()
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            self.family.decoder(inputs_embeds=self.hidden, attention_mask=mask, position_ids=positions, use_cache=False)
+            base(inputs_embeds=self.hidden, attention_mask=mask, position_ids=positions, use_cache=False, **typed)
+            args, kwargs = self.arguments[0]  # with learned positions added, where the model has them
+            self.hidden = args[0] if args else kwargs["hidden_states"]
         finally:
             self.running = ""
             for layer, forward in zip(self.family.layers, before, strict=True):
