@@ -221,12 +221,14 @@ class LayerState:
         offset = max(0, current.total - s_len)  # sliding-window layers keep the tail of the keys
         if labels.shape[1] < offset + s_len:
             labels = self.labels = padded(labels, offset + s_len + _ROOM)
+        dropped = (labels[:, :offset] != int(Label.PADDING)).sum(-1) if offset else None
         return KeyGroups(
             labels=labels[:, offset : offset + s_len],
             rows=current.rows,
             first=current.first,
             offset=current.past - offset,
             columns=self._columns(offset, s_len) if current.single else None,
+            before=dropped,
         )
 
     def _columns(self, offset: int, s_len: int) -> Callable[[tuple[Group, ...]], Tensor] | None:

@@ -196,6 +196,7 @@ class KeyGroups:
         first: for each kind, the first row index at which any batch item is touched (L when none is).
         offset: key index of the first query row; None means the rows are the last of the keys.
         columns: gives :func:`membership` of these labels, for a caller that keeps it from step to step; or None.
+        before: Int64[B], keys (not padding) that a sliding window has already dropped; None for none.
     """
 
     labels: Tensor
@@ -203,6 +204,7 @@ class KeyGroups:
     first: Mapping[Rows, int]
     offset: int | None = None
     columns: Callable[[tuple[Group, ...]], Tensor] | None = None
+    before: Tensor | None = None
 
     def member(self, group: Group) -> Tensor:
         """Bool[B, S]: which keys belong to `group`."""

@@ -42,6 +42,7 @@ def replace_rows(
     labels: Tensor,
     rows: Tensor,
     touched: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """The replaced map of a block of rows.
 
@@ -52,12 +53,13 @@ def replace_rows(
         labels: Int8[B, S].
         rows: Int64[B, L], place (see :func:`places`) of each row among the keys of its batch item.
         touched: Bool[B, L] of the rows that ``edit.rows`` names; None for all.
+        before: Int64[B], by how much the places of rows and keys are moved on (keys that a window has dropped).
 
     Returns:
         [B, H, L, S]; rows, heads and batch items that the edit does not select are as they were.
     """
     allowed = allowed.expand_as(weights)
-    new = _REPLACE[edit.kind](edit, weights, allowed, labels, rows)
+    new = _REPLACE[edit.kind](edit, weights, allowed, labels, rows, before)
     chosen = torch.ones(weights.shape[:2], dtype=torch.bool, device=weights.device)
     if edit.heads is not None:
         chosen &= head_mask(edit.heads, weights.shape[1], weights.device)
@@ -81,24 +83,32 @@ def _count(allowed: Tensor, labels: Tensor, normalise: bool) -> Tensor:
     return (labels != int(Label.PADDING)).sum(-1).float()[:, None, None, None]
 
 
-def _uniform(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def _uniform(
+    edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor, before: Tensor | None
+) -> Tensor:
     return allowed.float() / _count(allowed, labels, edit.normalise).clamp(min=1)
 
 
-def _random(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    h = w.shape[1]
+def _random(
+    edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor, before: Tensor | None
+) -> Tensor:
+    h, keys = w.shape[1], places(labels)
+    if before is not None:
+        rows, keys = rows + before[:, None], keys + before[:, None]
     r = counter_uniform(
         edit.seed,
         torch.arange(h, device=w.device)[None, :, None, None],
         rows[:, None, :, None],
-        places(labels)[:, None, None, :],
+        keys[:, None, None, :],
     )
     real = allowed if edit.normalise else (labels != int(Label.PADDING))[:, None, None, :]
     total = (r * real).sum(-1, keepdim=True)
     return r * allowed / total.clamp(min=1e-12)
 
 
-def _reversed(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def _reversed(
+    edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor, before: Tensor | None
+) -> Tensor:
     largest = w.amax(-1, keepdim=True)
     new = (largest - w) * allowed
     mass = new.sum(-1, keepdim=True)
@@ -124,7 +134,9 @@ def permutation(seed: int, heads: int, labels: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, real[:, None, :].expand_as(order), order)
 
 
-def _shuffled(edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def _shuffled(
+    edit: MapReplacement, w: Tensor, allowed: Tensor, labels: Tensor, rows: Tensor, before: Tensor | None
+) -> Tensor:
     """Keys permuted per head, the same permutation for every row."""
     return w.gather(-1, permutation(edit.seed, w.shape[1], labels)[:, :, None, :].expand_as(w))
 

@@ -49,6 +49,7 @@ def attend(call: AttentionCall) -> Attended:
                 call.groups.labels,
                 call.row_places(),
                 call.groups.rows[weight_edit.rows],
+                call.groups.before,
             )
             fired[n] += count_replaced(before, weights)
 

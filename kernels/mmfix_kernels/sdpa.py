@@ -320,6 +320,7 @@ class _Chunk:
             self.groups.labels,
             self.call.row_places(self.start, self.stop),
             None if row_mask is None else row_mask[:, self.start : self.stop],
+            self.groups.before,
         )
         fired += count_replaced(weights, new)
         return new
