@@ -127,6 +127,8 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
+    if method.info.kind == "mask" and getattr(family.decoder.config, "use_bidirectional_attention", None):
+        return "every token of the prompt already attends to the whole prompt"
     if not family.cross_layers:
         return ""
     touches_keys = method.masks or type(method).edits is not Method.edits

@@ -13,6 +13,7 @@ from support.family_oracle import Oracle, contrast
 from torch import Tensor
 
 import mmfix
+from mmfix.families import why_not
 
 STEPS = 4
 TOLERANCE = 1e-5  # of the largest logit
@@ -29,7 +30,7 @@ GAMMA, EPSILON = 1.0, 1e-6
 CUT = {"gamma": GAMMA, "epsilon": EPSILON}
 METHODS: dict[str, dict[str, Any]] = {
     "plausibility": {"beta": 0.2}, "var": VAR, "vhr": {}, "causalmm": CUT, "causalmm-vision": CUT,
-    "causalmm-language": CUT,
+    "causalmm-language": CUT, "mma": {"until": "prompt"},
 }  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def expectation(oracle: Oracle, name: str) -> Callable[[Inputs], Tensor]:
     if name == "vhr":
         scales = oracle.vhr_scales((1, 2, 3))
         return lambda inputs: oracle.vhr(inputs, scales)
+    if name == "mma":
+        return oracle.mma
     if name == "plausibility":
         return lambda inputs: contrast(oracle.plain(inputs), [], 0.0, 0.2)
     levels = {
@@ -57,6 +60,9 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_prefill_and_greedy_decoding_equal_the_oracle(tiny: Tiny, model: Any, name: str) -> None:
+    reason = why_not(mmfix.describe(model), mmfix.method(name, **METHODS[name]))
+    if reason:
+        pytest.skip(f"does not apply: {reason}")
     inputs = tiny.inputs(padded=True)
     valid = inputs["attention_mask"].bool()
     options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "family-oracle"
 Edit = Callable[[Tensor, Tensor], Tensor]  # (weights, allowed), both [B, H, L, S] → weights
+Opening = Callable[[Tensor, int | None], Tensor]  # (allowed, sliding window) → allowed
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Plan:
     """What one attention module does differently, and what is noted of it."""
 
     weights: Edit | None = None
+    allow: Opening | None = None
     scale: Tensor | None = None  # [B, H], on head outputs
     heads: Tensor | None = None  # noted: head outputs [B, H, L, D] before the scale
 
@@ -46,7 +48,7 @@ _NOW = Plans()
 
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    is_causal: bool | None = None, **_: Any,
+    is_causal: bool | None = None, sliding_window: int | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Dense attention in float64 with the plan of `module`."""
     q_len, s_len, repeats = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -60,8 +62,10 @@ def attend(
     else:
         allowed = torch.ones(q_len, s_len, dtype=torch.bool)
     allowed = allowed.expand_as(scores)
-    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
     plan = _NOW.by_module.get(module, Plan())
+    if plan.allow is not None:
+        allowed = plan.allow(allowed, sliding_window)
+    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
     if plan.weights is not None:
         weights = plan.weights(weights, allowed)
     plan.heads = weights @ value
@@ -216,6 +220,20 @@ class Oracle:
         middle = range(count // 3, max(count // 3 + 1, 2 * count // 3))
         chosen = [self.attentions[n] for n in middle if not hasattr(self.layers[n], "cross_attn")]
         return self.forward(inputs, {module: Plan(weights=random_map(valid, seed)) for module in chosen})
+
+    def mma(self, inputs: Inputs) -> Tensor:
+        """MMA on prompts of one turn: image tokens see the prompt's later text, as far as a layer's window goes."""
+        text = self.valid & ~self.image
+
+        def opening(allowed: Tensor, window: int | None) -> Tensor:
+            opened = allowed.clone()
+            for b, row in self.image.nonzero().tolist():
+                for key in range(row + 1, text.shape[1]):
+                    if text[b, key] and (window is None or key - row < window):
+                        opened[b, :, row, key] = True
+            return opened
+
+        return self.forward(inputs, {module: Plan(allow=opening) for module in self.attentions})
 
     def vision(self, inputs: Inputs, seed: int = 0) -> Tensor:
         """CausalMM's vision level: keys shuffled in the last layer but one of the tower."""
