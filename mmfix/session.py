@@ -80,6 +80,7 @@ class Session:
         self.mass_layers = 0
         self._cache: weakref.ref[Any] | None = None
         self._last: Inputs | None = None
+        self._prompt_ids: Tensor | None = None
         self._step_rows: dict[Rows, Tensor | None] = {}
         self._step_first: dict[Rows, int] = {}
         self._lock = threading.Lock()
@@ -120,6 +121,7 @@ class Session:
         length = given.length - guessed
         if kind == "prompt":
             self._unshare()
+            self._prompt_ids = None if given.ids is None else given.ids[:, :length]
             self.expanding = self.expander is not None and self._has_image(given.ids)
         elif kind == "piece" and self.expander is not None and not self.expanding and self._has_image(given.ids):
             raise MmfixError(
@@ -255,7 +257,10 @@ class Session:
         if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
             return False
         assert self._last is not None
-        return given.picture is self._last.picture and torch.equal(ids[:, :-1], last)
+        # Beams may have been reordered since: what they share is the prompt.
+        prompt = self._prompt_ids
+        same = prompt is not None and torch.equal(ids[:, : prompt.shape[1]], prompt)
+        return same and given.picture is self._last.picture
 
     def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
