@@ -54,6 +54,11 @@ class Family:
         return len(self.layers)
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether every token of a prompt attends to the whole prompt (PaliGemma)."""
+        return bool(getattr(self.decoder.config, "use_bidirectional_attention", None))
+
+    @property
     def whole(self) -> Any:
         """The model as the user has it."""
         return self.model if self.outer is None else self.outer
@@ -132,7 +137,7 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.info.kind == "mask" and getattr(family.decoder.config, "use_bidirectional_attention", None):
+    if method.info.kind == "mask" and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     if any(branch.vision is not None for branch in branches) and not family.tower_attentions:
