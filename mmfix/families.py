@@ -54,6 +54,11 @@ class Family:
         return len(self.layers)
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether every token of a prompt attends to the whole prompt (PaliGemma)."""
+        return bool(getattr(self.decoder.config, "use_bidirectional_attention", None))
+
+    @property
     def whole(self) -> Any:
         """The model as the user has it."""
         return self.model if self.outer is None else self.outer
@@ -97,6 +102,11 @@ def describe(model: Any) -> Family:
             f"{name} (model type {_kind(model)!r}): config.image_token_id is missing, so image tokens cannot be found; "
             "use a model that takes images, or set config.image_token_id"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{name} (model type {_kind(model)!r}) is an encoder-decoder: image tokens are keys of its encoder, not of "
+            "the decoder that generates; use a decoder-only model"
+        )
     driven = _driven(model)
     decoder = _decoder(driven, name, _kind(model))
     attentions = tuple(_attention(layer, name) for layer in decoder.layers)
@@ -127,16 +137,18 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.info.kind == "mask" and getattr(family.decoder.config, "use_bidirectional_attention", None):
+    if method.info.kind == "mask" and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
+    branches = method.branches(family)
+    if any(branch.vision is not None for branch in branches) and not family.tower_attentions:
+        return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if not family.cross_layers:
         return ""
     touches_keys = method.masks or type(method).edits is not Method.edits
-    drops_image = any(not branch.image for branch in method.branches(family))
+    drops_image = any(not branch.image for branch in branches)
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
     if touches_keys or drops_image or reads_heads:
-        crossed = ", ".join(map(str, sorted(family.cross_layers)))
-        return f"image keys live in the cross-attention layers ({crossed}) only, none in self-attention"
+        return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 
 

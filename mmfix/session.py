@@ -185,7 +185,8 @@ class Session:
         whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
-        usual = given.kept and given.ids is not None and "cross_attention_mask" not in kwargs
+        usual = given.kept and given.ids is not None and not self.family.cross_layers
+        usual = usual and not self.family.bidirectional  # whose first tokens attend to what follows them
         if self.branching is None or whole or not plain or not usual:
             return 0, kwargs
         if not prefixes.shareable(given.cache):

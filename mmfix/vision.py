@@ -49,6 +49,7 @@ class Vision:
         self.backend = backend
         self.looking = False  # whether a look other than the plain one is being taken
         self.editing: VisionEdit | None = None  # its edit of the tower
+        self.edited = 0  # attention calls changed in this look
         self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses
 
     @property
@@ -92,11 +93,17 @@ class Vision:
         if branch.pixels is not None:
             pixels = branch.pixels(pixels)
         edit = branch.vision
-        self.looking, self.editing, self.captured = True, edit, None
+        self.looking, self.editing, self.captured, self.edited = True, edit, None, 0
         projector = _projector(self.family) if edit is not None and edit.variant == "release" else None
         handle = projector.register_forward_pre_hook(self._scale_features) if projector is not None else None
         try:
-            return encode(pixels)
+            output = encode(pixels)
+            if edit is not None and not self.edited:
+                raise UnsupportedModel(
+                    f"{self.family.name}: layers {edit.layers} of the vision tower never called an attention function "
+                    "of transformers, so the picture would look the same; use a method that leaves the tower alone"
+                )
+            return output
         finally:
             self.looking, self.editing = False, None
             if handle is not None:
@@ -107,8 +114,9 @@ class Vision:
         edit = self.editing
         layers = len(self.family.tower_attentions)
         if edit is None or not any(state.layer == layer % layers for layer in edit.layers):
-            output = tower.plain(inputs, self.backend)
-        elif edit.variant == "release":
+            return tower.plain(inputs, self.backend).transpose(1, 2).contiguous(), None
+        self.edited += 1
+        if edit.variant == "release":
             self.captured = tower.attention_map(inputs)
             output = tower.plain(inputs, self.backend)
         else:

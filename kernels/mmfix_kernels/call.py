@@ -104,7 +104,8 @@ class AttentionCall:
             return ((seen & real).sum(-1)[:, 0] - 1).clamp(min=0).expand(self.query.shape[0], 1)
         offset = s_len - q_len if self.groups.offset is None else self.groups.offset
         stop = q_len if stop is None else stop
-        return places(self.groups.labels)[:, offset + start : offset + stop]
+        found = places(self.groups.labels)[:, offset + start : offset + stop]
+        return found if self.groups.before is None else found + self.groups.before[:, None]
 
     @property
     def head_scales(self) -> list[tuple[int, HeadScale]]:

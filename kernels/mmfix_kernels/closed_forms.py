@@ -197,7 +197,8 @@ def _in_chunks(call: AttentionCall, edit: MapReplacement) -> tuple[Tensor, Tenso
     value, outputs, changes = repeated(call), [], []
     for start, stop in _spans(call):
         weights, allowed = plain_weights(call, start, stop)
-        new = replace_rows(whole, weights, allowed, call.groups.labels, call.row_places(start, stop))
+        rows = call.row_places(start, stop)
+        new = replace_rows(whole, weights, allowed, call.groups.labels, rows, before=call.groups.before)
         outputs.append(new @ value)
         changes.append((new != weights).any(-1))
     return torch.cat(outputs, 2), torch.cat(changes, 2)

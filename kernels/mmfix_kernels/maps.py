@@ -53,7 +53,7 @@ def replace_rows(
         labels: Int8[B, S].
         rows: Int64[B, L], place (see :func:`places`) of each row among the keys of its batch item.
         touched: Bool[B, L] of the rows that ``edit.rows`` names; None for all.
-        before: Int64[B], by how much the places of rows and keys are moved on (keys that a window has dropped).
+        before: Int64[B], by how much the places of the keys are moved on (keys that a window has dropped).
 
     Returns:
         [B, H, L, S]; rows, heads and batch items that the edit does not select are as they were.
@@ -94,7 +94,7 @@ def _random(
 ) -> Tensor:
     h, keys = w.shape[1], places(labels)
     if before is not None:
-        rows, keys = rows + before[:, None], keys + before[:, None]
+        keys = keys + before[:, None]
     r = counter_uniform(
         edit.seed,
         torch.arange(h, device=w.device)[None, :, None, None],

@@ -26,6 +26,10 @@ VAR = {
     "move": 0.9,
     "first_layer": 1,
 }
+OPTIONS = {
+    "max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+    "suppress_tokens": SPECIAL,
+}  # fmt: skip
 GAMMA, EPSILON = 1.0, 1e-6
 CUT = {"gamma": GAMMA, "epsilon": EPSILON}
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,6 +62,17 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want.to(got.dtype), atol=TOLERANCE * scale, rtol=0)
 
 
+def test_a_start_that_no_branch_changes(tiny: Tiny, model: Any) -> None:
+    """Enough text before the picture for branches to share its keys and values, where a family's cache allows it."""
+    inputs = tiny.batch(tiny.rows(padded=True, system=20))
+    oracle = Oracle(tiny, model, inputs)
+    expected = expectation(oracle, "causalmm-vision")
+    with torch.no_grad(), mmfix.mitigate(model, "causalmm-vision", **CUT):
+        out = model.generate(**inputs, **OPTIONS)
+    for step in range(STEPS):
+        close(out.logits[step], expected(oracle.grown(out.sequences[:, -STEPS:][:, :step]))[:, -1])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_prefill_and_greedy_decoding_equal_the_oracle(tiny: Tiny, model: Any, name: str) -> None:
     reason = why_not(mmfix.describe(model), mmfix.method(name, **METHODS[name]))
@@ -65,13 +80,11 @@ def test_prefill_and_greedy_decoding_equal_the_oracle(tiny: Tiny, model: Any, na
         pytest.skip(f"does not apply: {reason}")
     inputs = tiny.inputs(padded=True)
     valid = inputs["attention_mask"].bool()
-    options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    options["suppress_tokens"] = SPECIAL
     with torch.no_grad():
         plain = model(**inputs).logits
         with mmfix.mitigate(model, name, **METHODS[name]) as fix:
             whole = model(**inputs).logits
-            out = model.generate(**inputs, **options)
+            out = model.generate(**inputs, **OPTIONS)
         assert torch.equal(model(**inputs).logits, plain)
     assert fix.report().fired[name].fired > 0
     expected = expectation(Oracle(tiny, model, inputs), name)

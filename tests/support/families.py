@@ -45,15 +45,15 @@ class Tiny:
     later: int = 0
     extra: Callable[[Inputs], Inputs] = lambda inputs: {}
 
-    def rows(self, seed: int = 0, padded: bool = False) -> list[Row]:
-        """Prompts as text ids and the word "image"."""
+    def rows(self, seed: int = 0, padded: bool = False, system: int = 3) -> list[Row]:
+        """Prompts as text ids and the word "image", with `system` tokens (or one less) before it."""
         generator = torch.Generator().manual_seed(seed)
 
         def text(count: int) -> Row:
             return list(torch.randint(*TEXT, (count,), generator=generator).tolist())
 
-        rows: list[Row] = [[1, *text(3), "image", *text(6)]]
-        return [*rows, [1, *text(2), "image", *text(3)]] if padded else rows
+        rows: list[Row] = [[1, *text(system), "image", *text(6)]]
+        return [*rows, [1, *text(system - 1), "image", *text(3)]] if padded else rows
 
     def inputs(self, seed: int = 0, padded: bool = False) -> Inputs:
         """One prompt with a picture; `padded` adds a shorter one with another picture, padded on the left."""

@@ -347,3 +347,42 @@ def seen_tiles(inputs: Inputs) -> Inputs:
     after = (inputs["input_ids"] == IMAGE_ID).cumsum(-1) > 0
     mask = after[:, :, None, None] & inputs["aspect_ratio_mask"].bool()[:, None]
     return {"cross_attention_mask": mask.long()}
+
+
+# Models that cannot be served, each for a fact of its own.
+
+
+def got_ocr() -> Any:
+    """A vision tower (SAM's) whose attention adds relative positions outside the AttentionInterface."""
+    vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48,
+              "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}  # fmt: skip
+    return hf.GotOcr2ForConditionalGeneration(hf.GotOcr2Config(
+        text_config=text(hf.Qwen2Config), vision_config=vision, image_token_index=IMAGE_ID)).eval()  # fmt: skip
+
+
+def _blip_2_t5() -> Any:
+    words = hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(
+        text_config=words, vision_config=hf.Blip2VisionConfig(**_TOWER, **_BLIP_PICTURE),
+        qformer_config=hf.Blip2QFormerConfig(**_QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
+    ))  # fmt: skip
+
+
+def _git() -> Any:
+    vision = {**_TOWER, "image_size": 16, "patch_size": 8}
+    return hf.GitForCausalLM(hf.GitConfig(
+        vocab_size=VOCABULARY, vision_config=vision, bos_token_id=1, eos_token_id=2, **_TOWER))  # fmt: skip
+
+
+def _blip() -> Any:
+    words = {"vocab_size": VOCABULARY, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, **_TOWER}
+    return hf.BlipForConditionalGeneration(hf.BlipConfig(
+        text_config=words, vision_config={**_TOWER, "image_size": 16, "patch_size": 8}))  # fmt: skip
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "BLIP-2 and InstructBLIP with T5": _blip_2_t5,
+    "GIT": _git,
+    "BLIP": _blip,
+    "text-only models": lambda: hf.LlamaForCausalLM(text(hf.LlamaConfig)),
+}

@@ -1,4 +1,4 @@
-"""What each core method computes in any family, once more and by itself: dense, eager, no cache, all from scratch.
+"""Every method written out from its paper's equations, for any family: each branch from scratch at every step.
 
 No cache, no rows of branches, dense float64 attention registered under a name of its own, and own code for maps, sinks,
 head factors and mixing. It shares nothing with mmfix but the weights of the model and the published definition of the

@@ -43,7 +43,7 @@ def places_of(call: AttentionCall) -> Tensor:
     places = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
     if labels.device.type != "meta":
         places_kernel[(labels.shape[0],)](labels, places, labels.stride(0), labels.shape[1], BLOCK=1024, num_warps=4)
-    return places
+    return places if call.groups.before is None else places + call.groups.before[:, None].int()
 
 
 def destinations(call: AttentionCall) -> Tensor:
