@@ -185,7 +185,8 @@ def compile_variant(variant: Variant, target: str) -> list[Compiled]:
     plan = make_plan(numbered(call), variant.masses, len(call.edits) - 1)
     assert isinstance(plan, Plan), plan
     out = []
-    for work in prepare(call, plan)[1]:
+    major = int(target.removeprefix("sm_")) // 10 if target.startswith("sm_") else 9
+    for work in prepare(call, plan, major=major)[1]:
         gpu = gpu_target(target)
         base = Compiled(variant.name, work.kernel.__name__, target, 0, None, None, 0)
         try:
