@@ -1,163 +1,176 @@
-"""Decode speed of a whole model: ``python kernels/benchmarks/bench_decode.py --out FOLDER``.
+"""Prefill and decode speed of a whole model: each arm beside plain greedy decoding, in turns.
 
-A LLaVA-1.5 of random weights (on CUDA 7B-shaped in bfloat16, on a CPU a small one in float32) generates a fixed number
-of tokens with EOS disabled: plain SDPA, `mmfix` with no method (what the machinery costs), and methods by each backend
-that serves here. Decode time is the difference of a long and a short generation, so that prefill cancels. Random
-weights say nothing about quality; VAR's gate is set to be open so that its edit really acts.
+Every round generates a short and a long answer with every arm, one arm after the other, so that a machine that slows
+down slows all of them. Prefill is the time to the first token; decode is the difference of the two answers per token,
+so that prefill cancels; ratios are taken inside a round, and percentiles over rounds. Compile time and warm-up are not
+in it. The weights are random: this says nothing about quality.
+
+``python -m mmfix_evals.bench.decode --out FOLDER`` is the same as ``mmfix bench decode``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import provenance, tests_are_green
-from timing import percentiles
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import mmfix
-from mmfix.methods import VAR, VHR
-from mmfix_kernels import backends
+from mmfix_evals.arms import split_methods
+from mmfix_evals.bench import model as models
+from mmfix_kernels.bench.measure import default_device
+from mmfix_kernels.bench.record import RedTests, append, provenance, require_green
+from mmfix_kernels.bench.timing import percentiles
 
-IMAGE_ID = 5
-SHORT = 8
-
-
-def build(device: torch.device) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5-7B's shape on CUDA; on a CPU a quarter of the width and four layers."""
-    gpu = device.type == "cuda"
-    hidden, inner, layers = (4096, 11008, 32) if gpu else (512, 1376, 4)
-    vision = (1024, 4096, 24, 16) if gpu else (128, 256, 3, 4)
-    config = LlavaConfig(
-        text_config=LlamaConfig(
-            vocab_size=32064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, max_position_embeddings=32768,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision[0], intermediate_size=vision[1], num_hidden_layers=vision[2],
-            num_attention_heads=vision[3], image_size=336, patch_size=14, projection_dim=vision[0],
-        ),
-        image_token_index=IMAGE_ID, image_seq_length=576, tie_word_embeddings=False,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if gpu else torch.float32)
-    try:
-        with torch.device(device):
-            model = LlavaForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+DEFAULT_ARMS = ",".join(
+    (models.VANILLA, models.EMPTY, models.EAGER, models.SEQUENTIAL, models.OPEN_VAR, "vhr", "causalmm-language")
+)
 
 
-def prompt(model: LlavaForConditionalGeneration, length: int, batch: int, device: torch.device) -> dict[str, Any]:
-    """A system prompt, one image of 576 tokens, then text up to `length` tokens."""
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 32000, (batch, length), generator=random)
-    ids[:, 0] = 1
-    ids[:, 35 : 35 + 576] = IMAGE_ID
-    pixels = torch.randn(batch, 3, 336, 336, generator=random).to(device=device, dtype=model.dtype)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": torch.ones(batch, length, dtype=torch.long, device=device),
-        "pixel_values": pixels,
-    }
+def measure_decode(
+    out: Path,
+    device: str = "cpu",
+    arms: str = DEFAULT_ARMS,
+    lengths: Sequence[int] = (640,),
+    batches: Sequence[int] = (1,),
+    tokens: int = 24,
+    runs: int = 5,
+    shape: models.Shape | None = None,
+    seed: int = 0,
+    tests_passed: bool = False,
+) -> Path:
+    """Measure all arms at every length and batch, and append the records to ``out/decode.jsonl``.
+
+    Args:
+        out: folder, made where it does not exist.
+        device: "cpu", "cuda", …
+        arms: comma-separated; see :func:`mmfix_evals.bench.model.arm`. Plain greedy is always the first.
+        lengths: prompt tokens, at least 612.
+        batches: rows per batch.
+        tokens: new tokens of the long answer; the short one has a single token.
+        runs: rounds.
+        shape: of the model; default 7B on a GPU, 8 layers of width 512 on a CPU.
+        seed: of the prompts.
+        tests_passed: the caller has just seen the kernel tests green.
+
+    Raises:
+        RedTests: the kernel tests fail.
+    """
+    on = torch.device(device)
+    checked = require_green(on, tests_passed)
+    shape = shape or (models.LARGE if on.type == "cuda" else models.SMALL)
+    model = models.build(on, shape)
+    names = split_methods(arms)
+    names = [models.VANILLA, *(name for name in names if name != models.VANILLA)]
+    shared = provenance(on, seed, checked) | {"layers": shape.layers, "width": shape.width, "new_tokens": tokens}
+    out.mkdir(parents=True, exist_ok=True)
+    for length in lengths:
+        for batch in batches:
+            inputs = models.prompt(model, length, batch, seed)
+            case = models.case_name(shape, length, batch)
+            for record in rounds([models.arm(model, name) for name in names], inputs, tokens, runs):
+                append(out / "decode.jsonl", {"case": case, "length": length, "batch": batch} | record | shared)
+                print(line(case, record), flush=True)
+    return out / "decode.jsonl"
 
 
-@contextmanager
-def forced(backend: str | None) -> Iterator[None]:
-    """MMFIX_BACKEND for a while."""
-    before = os.environ.pop("MMFIX_BACKEND", None)
-    if backend:
-        os.environ["MMFIX_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop("MMFIX_BACKEND", None)
-        if before is not None:
-            os.environ["MMFIX_BACKEND"] = before
+def line(case: str, record: dict[str, Any]) -> str:
+    """One record for a person."""
+    told = record.get("unmeasured") or (
+        f"decode {record['tokens_per_s']:7.1f} tok/s, {record['decode_speed']:.3f} of vanilla; "
+        f"prefill {record['prefill_p50'] * 1e3:7.1f} ms, {record['prefill_time']:.3f} x vanilla"
+    )
+    return f"{case:44} {record['arm']:24.24} {told}"
 
 
-def seconds(model: LlavaForConditionalGeneration, inputs: dict[str, Any], tokens: int) -> float:
-    """Wall clock of one greedy generation of exactly `tokens` tokens."""
+def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: int) -> list[dict[str, Any]]:
+    """The numbers of every arm; the first is the one that the others are compared with."""
+    batch = inputs["input_ids"].shape[0]
+    found: dict[str, list[tuple[float, float]]] = {}
+    broken: dict[str, str] = {}
+    memory: dict[str, int] = {}
+    for count in range(-1, runs):  # the first round warms up
+        for arm in arms:
+            if arm.name in broken:
+                continue
+            try:
+                pair = once(arm, inputs, tokens, memory)
+            except Exception as error:  # one arm that cannot run does not end the others
+                broken[arm.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            if count >= 0:
+                found.setdefault(arm.name, []).append(pair)
+    records = []
+    plain = found[arms[0].name]
+    for arm in arms:
+        record: dict[str, Any] = {"arm": arm.name, "backend": arm.backend or "default"}
+        if arm.name in broken:
+            records.append(record | {"unmeasured": broken[arm.name]})
+            continue
+        prefill, step = (percentiles([pair[n] for pair in found[arm.name]]) for n in (0, 1))
+        speeds = percentiles([base[1] / own[1] for base, own in zip(plain, found[arm.name], strict=True)])
+        times = percentiles([own[0] / base[0] for base, own in zip(plain, found[arm.name], strict=True)])
+        record |= {
+            "p20": step[0], "p50": step[1], "p80": step[2], "runs": runs, "tokens_per_s": batch / step[1],
+            "prefill_p20": prefill[0], "prefill_p50": prefill[1], "prefill_p80": prefill[2],
+            "decode_speed": speeds[1], "decode_speed_p20": speeds[0], "decode_speed_p80": speeds[2],
+            "prefill_time": times[1], "prefill_time_p20": times[0], "prefill_time_p80": times[2],
+            "peak_bytes": memory.get(arm.name),
+        }  # fmt: skip
+        records.append(record)
+    return records
+
+
+def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str, int]) -> tuple[float, float]:
+    """Seconds to the first token, and per token after it."""
+    device = inputs["input_ids"].device
+    with torch.inference_mode(), ExitStack() as stack:
+        stack.enter_context(arm.enter())
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        short = seconds(arm, inputs, 1)
+        long = seconds(arm, inputs, tokens)
+        if device.type == "cuda":
+            memory[arm.name] = torch.cuda.max_memory_allocated(device) - before
+    return short, max(long - short, 1e-9) / (tokens - 1)
+
+
+def seconds(arm: models.Arm, inputs: dict[str, Any], tokens: int) -> float:
+    """Wall clock of one answer of exactly `tokens` tokens."""
     gpu = inputs["input_ids"].is_cuda
     if gpu:
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    arm.run(inputs, tokens)
     if gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
-def arms(model: Any) -> Iterator[tuple[str, str | None, Callable[[], AbstractContextManager[Any]]]]:
-    """Name, forced backend, and what to enter."""
-    open_gate = VAR(sink_dims=(0, 1), tau=2.0, min_image_mass=0.0, max_sink_share=1.0)
-    yield "vanilla sdpa", None, nullcontext
-    usable = [name for name, missing in backends().items() if not missing and name != "reference"]
-    for backend in usable:
-        yield "mmfix, no method", backend, lambda: mmfix.mitigate(model, None)
-        yield "mmfix, var", backend, lambda: mmfix.mitigate(model, open_gate)
-        yield "mmfix, vhr", backend, lambda: mmfix.mitigate(model, VHR())
-
-
-def measure(
-    model: Any, inputs: dict[str, Any], enter: Callable[[], AbstractContextManager[Any]], long: int, runs: int
-) -> dict[str, float]:
-    """Decode seconds per token and prefill seconds (with the first tokens), p20/p50/p80."""
-    with torch.inference_mode(), enter():
-        seconds(model, inputs, SHORT)
-        short = [seconds(model, inputs, SHORT) for _ in range(runs)]
-        steps = [(seconds(model, inputs, long) - percentiles(short)[1]) / (long - SHORT) for _ in range(runs)]
-    p20, p50, p80 = percentiles(steps)
-    return {"p20": p20, "p50": p50, "p80": p80, "runs": runs, "first_tokens_p50": percentiles(short)[1]}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for decode.jsonl")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--methods", default=DEFAULT_ARMS, help="vanilla, empty, eager-maps, sequential, or methods")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[640])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tests-passed", action="store_true", help="the caller has just run tests/kernels, all green")
     args = parser.parse_args(argv)
-    if not args.tests_passed and not tests_are_green():
-        print("the kernel tests are red: nothing is reported", file=sys.stderr)
+    try:
+        measure_decode(
+            args.out, args.device, args.methods, args.lengths, args.batches, args.tokens, args.runs,
+            tests_passed=args.tests_passed,
+        )  # fmt: skip
+    except RedTests as problem:
+        print(problem, file=sys.stderr)
         return 1
-    device = torch.device(args.device)
-    torch.manual_seed(0)
-    model = build(device)
-    shared = provenance(device, 0)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "decode.jsonl").open("a") as file:
-        for batch in (1,) if device.type == "cpu" else (1, 8):
-            inputs = prompt(model, 640, batch, device)
-            vanilla = 0.0
-            for name, backend, enter in arms(model):
-                record: dict[str, Any] = {"case": f"decode 640 b{batch}", "arm": name, "backend": backend or "sdpa"}
-                try:
-                    with forced(backend):
-                        record |= measure(model, inputs, enter, args.tokens, args.runs)
-                except Exception as error:  # one arm that cannot run does not end the others
-                    record["unmeasured"] = f"{type(error).__name__}: {str(error)[:200]}"
-                else:
-                    vanilla = vanilla or record["p50"]
-                    record |= {"tokens_per_s": batch / record["p50"], "speed_over_vanilla": vanilla / record["p50"]}
-                file.write(json.dumps(record | shared) + "\n")
-                file.flush()
-                told = record.get("unmeasured") or (
-                    f"{record['tokens_per_s']:.1f} tok/s, {record['speed_over_vanilla']:.3f} of vanilla"
-                )
-                print(f"{record['case']:16} {name:18} {record['backend']:8} {told}", flush=True)
     return 0
 
 
