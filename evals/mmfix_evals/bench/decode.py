@@ -30,6 +30,8 @@ DEFAULT_ARMS = ",".join(
     (models.VANILLA, models.EMPTY, models.EAGER, models.SEQUENTIAL, models.OPEN_VAR, "vhr", "causalmm-language")
 )
 
+Pair = tuple[float, float]  # seconds to the first token, and per token after it
+
 
 def measure_decode(
     out: Path,
@@ -89,8 +91,7 @@ def line(case: str, record: dict[str, Any]) -> str:
 
 def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: int) -> list[dict[str, Any]]:
     """The numbers of every arm; the first is the one that the others are compared with."""
-    batch = inputs["input_ids"].shape[0]
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, dict[int, Pair]] = {arm.name: {} for arm in arms}
     broken: dict[str, str] = {}
     memory: dict[str, int] = {}
     for count in range(-1, runs):  # the first round warms up
@@ -102,31 +103,40 @@ def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: in
             except Exception as error:  # one arm that cannot run does not end the others
                 broken[arm.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
-            if count >= 0:
-                found.setdefault(arm.name, []).append(pair)
-    records = []
+            if count >= 0 and pair[1] > 0:  # else the machine paused: the longer answer took less time
+                found[arm.name][count] = pair
     plain = found[arms[0].name]
+    records = []
     for arm in arms:
         record: dict[str, Any] = {"arm": arm.name, "backend": arm.backend or "default"}
+        both = [count for count in found[arm.name] if count in plain]
         if arm.name in broken:
-            records.append(record | {"unmeasured": broken[arm.name]})
-            continue
-        prefill, step = (percentiles([pair[n] for pair in found[arm.name]]) for n in (0, 1))
-        speeds = percentiles([base[1] / own[1] for base, own in zip(plain, found[arm.name], strict=True)])
-        times = percentiles([own[0] / base[0] for base, own in zip(plain, found[arm.name], strict=True)])
-        record |= {
-            "p20": step[0], "p50": step[1], "p80": step[2], "runs": runs, "tokens_per_s": batch / step[1],
-            "prefill_p20": prefill[0], "prefill_p50": prefill[1], "prefill_p80": prefill[2],
-            "decode_speed": speeds[1], "decode_speed_p20": speeds[0], "decode_speed_p80": speeds[2],
-            "prefill_time": times[1], "prefill_time_p20": times[0], "prefill_time_p80": times[2],
-            "peak_bytes": memory.get(arm.name),
-        }  # fmt: skip
+            record["unmeasured"] = broken[arm.name]
+        elif 2 * len(both) <= runs:
+            record["unmeasured"] = "the machine was too busy: give more tokens or more runs"
+        else:
+            record |= numbers([plain[n] for n in both], [found[arm.name][n] for n in both])
+            record["tokens_per_s"] = inputs["input_ids"].shape[0] / record["p50"]
+            record["peak_bytes"] = memory.get(arm.name)
         records.append(record)
     return records
 
 
-def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str, int]) -> tuple[float, float]:
-    """Seconds to the first token, and per token after it."""
+def numbers(plain: list[Pair], own: list[Pair]) -> dict[str, float]:
+    """Percentiles of one arm's rounds, and of its ratios to the plain ones of the same rounds."""
+    prefill, step = (percentiles([pair[n] for pair in own]) for n in (0, 1))
+    speeds = percentiles([base[1] / pair[1] for base, pair in zip(plain, own, strict=True)])
+    times = percentiles([pair[0] / base[0] for base, pair in zip(plain, own, strict=True)])
+    return {
+        "p20": step[0], "p50": step[1], "p80": step[2], "runs": len(own),
+        "prefill_p20": prefill[0], "prefill_p50": prefill[1], "prefill_p80": prefill[2],
+        "decode_speed": speeds[1], "decode_speed_p20": speeds[0], "decode_speed_p80": speeds[2],
+        "prefill_time": times[1], "prefill_time_p20": times[0], "prefill_time_p80": times[2],
+    }  # fmt: skip
+
+
+def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str, int]) -> Pair:
+    """One answer of one token and one of `tokens`."""
     device = inputs["input_ids"].device
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(arm.enter())
@@ -137,7 +147,7 @@ def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str,
         long = seconds(arm, inputs, tokens)
         if device.type == "cuda":
             memory[arm.name] = torch.cuda.max_memory_allocated(device) - before
-    return short, max(long - short, 1e-9) / (tokens - 1)
+    return short, (long - short) / (tokens - 1)
 
 
 def seconds(arm: models.Arm, inputs: dict[str, Any], tokens: int) -> float:
