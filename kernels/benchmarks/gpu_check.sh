@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Build, test and measure the kernels on a CUDA machine, in under nine minutes and without a network.
 # Usage: kernels/benchmarks/gpu_check.sh FOLDER      (records and logs are written there)
-# Needs python3 with torch, triton and pytest (PYTHON=... chooses another one); mmfix itself need not be installed.
+# Needs python3 with torch, triton, transformers and pytest (PYTHON=... chooses another one); mmfix itself need not be
+# installed. DRY=1 walks through the same steps on a CPU, with a few cases in Triton's interpreter and tiny benchmarks:
+# it shows that the script works, and measures nothing worth keeping.
 set -uo pipefail
 out=${1:?usage: gpu_check.sh FOLDER}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
+dry=${DRY:-}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$root" || exit 2
@@ -16,34 +19,49 @@ begin=$SECONDS
 step() { echo "== $1 (after $((SECONDS - begin)) s)"; }
 
 step "machine"
-"$python" - > "$out/machine.txt" <<'PY' || { echo "no usable CUDA device" >&2; exit 2; }
-import torch, triton
-assert torch.cuda.is_available()
-print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
+DRY=$dry "$python" - > "$out/machine.txt" <<'PY' || { echo "no usable CUDA device" >&2; exit 2; }
+import os, torch, triton
+assert os.environ["DRY"] or torch.cuda.is_available()
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", torch.__version__, triton.__version__)
 PY
 cat "$out/machine.txt"
 
-step "kernel tests on the device"
-spread="-p no:xdist"  # compiling is most of the time: spread it over processes where pytest can
-"$python" -c 'import xdist' 2> /dev/null && spread="-n 8"
-if ! MMFIX_BACKEND=triton timeout 190 "$python" -m pytest -q -p no:cacheprovider $spread \
-    --rootdir tests/kernels/triton tests/kernels/triton/device_cases.py \
-    tests/kernels/triton/refusal_cases.py tests/kernels/triton/other_cases.py tests/kernels/triton/model_cases.py > "$out/tests.txt" 2>&1; then
+step "kernel tests"
+cases=tests/kernels/triton
+tests=("$cases"/{device,map,prefix,statistics,refusal,other,model}_cases.py)
+options=()
+if [ -n "$dry" ]; then
+  tests=("$cases/other_cases.py" "$cases/prefix_cases.py::test_the_prefix_is_read_once_for_its_branches")
+  export TRITON_INTERPRET=1
+fi
+spread=(-p no:xdist)  # compiling is most of the time: spread it over processes where pytest can
+[ -z "$dry" ] && "$python" -c 'import xdist' 2> /dev/null && spread=(-n 8)
+if ! MMFIX_BACKEND=triton timeout 220 "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${options[@]}" \
+    --rootdir "$cases" "${tests[@]}" > "$out/tests.txt" 2>&1; then
   tail -40 "$out/tests.txt"
   echo "the kernel tests are red: nothing is measured" >&2
   exit 1
 fi
 tail -1 "$out/tests.txt"
+unset TRITON_INTERPRET
 
 step "kernel benchmarks"
-timeout 200 "$python" kernels/benchmarks/bench.py --out "$out" --tests-passed --budget 0.15 > "$out/bench.txt" 2>&1
+options=(--budget 0.12)
+[ -n "$dry" ] && options=(--device cpu --quick --budget 0.01)
+timeout 170 "$python" -m mmfix_kernels.bench --out "$out" --tests-passed "${options[@]}" > "$out/bench.txt" 2>&1
 measured=$?
 tail -5 "$out/bench.txt"
 
-step "decode benchmark of a 7B-shaped model"
-timeout 130 "$python" kernels/benchmarks/bench_decode.py --out "$out" --tests-passed > "$out/decode.txt" 2>&1
+step "whole model"
+arms="vanilla,empty,eager-maps,sequential"
+for backend in sdpa triton; do
+  arms+=",var:sink_dims=[0,1],tau=2,min_image_mass=0,max_sink_share=1@$backend,vhr@$backend,causalmm-language@$backend"
+done
+options=(--methods "$arms" --tokens 32 --runs 3)
+[ -n "$dry" ] && options=(--device cpu --methods vanilla,empty,vhr --tokens 3 --runs 1 --lengths 616)
+timeout 140 "$python" -m mmfix_evals.bench.decode --out "$out" --tests-passed "${options[@]}" > "$out/decode.txt" 2>&1
 decoded=$?
-tail -5 "$out/decode.txt"
+tail -8 "$out/decode.txt"
 
 step "done"
 # 124: the time limit ended it; the records written before that stand

@@ -14,10 +14,13 @@ from mmfix_kernels.edits import (
     Rows,
     ScoreEdit,
 )
+from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
 
 __all__ = [
     "Attended",
     "AttentionCall",
+    "ColumnMass",
+    "Divergence",
     "Edit",
     "Group",
     "HeadScale",
@@ -29,6 +32,8 @@ __all__ = [
     "Rows",
     "ScoreEdit",
     "backends",
+    "column_mass",
     "forced_backend",
     "grouped_attention",
+    "head_divergence",
 ]

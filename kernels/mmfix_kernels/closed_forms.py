@@ -83,7 +83,6 @@ def attend(call: AttentionCall, plain: Callable[[AttentionCall], Tensor], fired:
     for number, edit in call.weight_edits:
         assert isinstance(edit, MapReplacement)
         items = [n for n, chosen in enumerate(chosen_items(edit.batch, b)) if chosen]
-        fired[number, 1] += b * h * length
         if not items:
             continue
         some = pick(call, items)

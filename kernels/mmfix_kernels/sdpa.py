@@ -71,6 +71,9 @@ def attend(call: AttentionCall) -> Attended:
         output, masses = _dense(call, first, fired)
         if first:
             output = torch.cat([_fused(call, first), output], dim=2)
+    for n, edit in call.weight_edits:
+        if isinstance(edit, MapReplacement):  # it looks at every row, also at those that were left to SDPA
+            fired[n, 1] = math.prod(call.query.shape[:3])
     return Attended(apply_head_scales(call, output, fired), masses, fired, "sdpa")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import calibrate, compare, describe, info, run, score, serve
+from mmfix_evals.cli import bench, calibrate, compare, describe, info, run, score, serve
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)
 app.command("doctor", epilog=info.DOCTOR_EXAMPLE)(info.doctor_command)
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(bench.app, name="bench")
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve_command)
 
 

@@ -54,6 +54,14 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 16
 
 
+@lru_cache(maxsize=8)
+def capability(device: torch.device) -> int:
+    """Major compute capability; 9 where there is no CUDA device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 9
+    return int(torch.cuda.get_device_capability(device)[0])
+
+
 def chunk_of(keys: int, programs: int, device: torch.device, block: int) -> int:
     """Keys per chunk: about two programs per multiprocessor, never less than MIN_CHUNK keys, whole blocks."""
     wanted = max(1, 2 * processors(device) // max(1, programs))
@@ -94,7 +102,10 @@ class Part(NamedTuple):
 class Launch:
     """Tensors of one call, shared by its launches."""
 
-    def __init__(self, call: AttentionCall, plan: Plan, stats: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, call: AttentionCall, plan: Plan, stats: bool, dtype: torch.dtype, major: int | None = None
+    ) -> None:
+        self.major = capability(call.query.device) if major is None else major
         b, h, length, _ = call.query.shape
         self.call, self.plan = call, plan
         self.device = call.query.device
@@ -228,7 +239,7 @@ class Launch:
         """Rows start:stop, a tile of rows of one head per program."""
         b, h, _, d = self.call.query.shape
         wide, masked = self.query.dtype == torch.float32, self.call.mask is not None
-        tile = plans.prefill_tile(power_of_two(d), plan.accumulators, wide, masked)
+        tile = plans.prefill_tile(power_of_two(d), plan, wide, masked, self.major)
         grid = (-(-(stop - start) // tile.rows), b * h, 1)
         return [Work(attend_kernel, grid, self.stream(plan, start, stop, tile, fold=False), tile.warps, tile.stages)]
 
@@ -276,13 +287,16 @@ class Launch:
 
 
 def prepare(
-    call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None
+    call: AttentionCall, plan: Plan, stats: bool = False, dtype: torch.dtype | None = None, major: int | None = None
 ) -> tuple[Launch, list[Work]]:
-    """The outputs of one call (by default in the query's dtype) and the launches that fill them."""
+    """The outputs of one call (by default in the query's dtype) and the launches that fill them.
+
+    `major` is the compute capability that tiles are chosen for, by default the device's.
+    """
     if call.prefix_key is not None and call.query.shape[2] > DECODE_ROWS:  # once per prompt: repeat what is shared
         key, value = call.whole(call.prefix_key, call.key), call.whole(call.prefix_value, call.value)
         call = replace(call, key=key, value=value, prefix_key=None, prefix_value=None)
-    launch = Launch(call, plan, stats, dtype or call.query.dtype)
+    launch = Launch(call, plan, stats, dtype or call.query.dtype, major)
     length = call.query.shape[2]
     causal = call.mask is None and call.is_causal and length > 1
     first = first_edited_row(call)

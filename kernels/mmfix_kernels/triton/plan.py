@@ -261,26 +261,27 @@ def _numbers(scores: list[ScoreEdit], moves: list[MassMove]) -> tuple[float, ...
     return tuple(out)
 
 
-def prefill_tile(width: int, accumulators: int, wide_scores: bool, masked: bool = False) -> Tile:
-    """Tile of the prefill kernel.
+def prefill_tile(width: int, plan: Plan, wide_scores: bool, masked: bool = False, major: int = 9) -> Tile:
+    """Tile of the prefill kernel: as many rows as keep their state in registers.
 
     Args:
         width: head width (power of two).
-        accumulators: key classes and replaced maps.
+        plan: how many accumulators and which maps.
         wide_scores: float32 inputs.
         masked: whether a mask tensor is read, which takes registers.
+        major: compute capability (8, 9, 10); their compilers keep different things in registers.
     """
     if wide_scores:
         return Tile(32, 32, 4, 1) if width >= 128 else Tile(64, 32, 4, 1)
     if width >= 256:
-        return Tile(64, 32, 8, 2) if accumulators <= 2 else Tile(32, 32, 8, 2)
-    if accumulators == 1 and not (masked and width >= 128):
-        return Tile(128, 64, 8, 3) if width >= 128 else Tile(128, 64, 4, 3)
-    if accumulators == 1:
-        return Tile(128, 32, 8, 3)
-    if width >= 128:  # 64 keys at once would spill
-        return Tile(64, 32, 8, 2) if accumulators <= 3 else Tile(32, 32, 8, 2)
-    return Tile(64, 32, 4, 2)
+        return Tile(64, 32, 8, 2) if plan.accumulators <= 2 else Tile(32, 32, 8, 2)
+    if width < 128:
+        return Tile(128, 64, 4, 3) if plan.accumulators == 1 else Tile(64, 32, 4, 2)
+    if plan.accumulators == 1:
+        return Tile(128, 32, 8, 3) if masked or major < 9 else Tile(128, 64, 8, 3)
+    if plan.accumulators > 3 or (plan.map_bits and major < 9):
+        return Tile(32, 32, 8, 2)
+    return Tile(64, 32, 8, 1 if plan.moves and major > 9 else 2)  # 64 keys at once would spill
 
 
 def decode_tile(rows: int, width: int, wide_scores: bool) -> Tile:

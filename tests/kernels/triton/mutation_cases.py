@@ -98,7 +98,7 @@ def mapped(kind: str, shape: str = "causal", **options: Any) -> AttentionCall:
 
 
 def two_maps() -> AttentionCall:
-    edits = [MapReplacement(kind="uniform", heads=(0,)), MapReplacement(kind="random", heads=(1, 2))]
+    edits = [MapReplacement(kind="uniform", heads=(0,)), MapReplacement(kind="random", heads=(1,))]
     return shaped("causal", *edits, masses="all")
 
 
@@ -108,7 +108,7 @@ def turned_moves() -> AttentionCall:
 
 
 def branching(edits: str = "plain") -> AttentionCall:
-    return branched(2, 2, 40, 9, edits)
+    return branched(2, 2, 33, 5, edits)
 
 
 def some_items() -> AttentionCall:

@@ -41,10 +41,26 @@ def time_cpu(work: Callable[[], object], budget: float) -> Timing:
     return Timing(*percentiles(seconds), len(seconds), "cpu")
 
 
+def time_cpu_in_turns(works: dict[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
+    """Wall clock of several works that take turns, so that a machine that slows down slows all of them alike."""
+    for work in works.values():
+        work()
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    until, rounds = time.perf_counter() + budget, 0
+    while rounds < 5 or (time.perf_counter() < until and rounds < 200):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: Timing(*percentiles(found), len(found), "cpu") for name, found in seconds.items()}
+
+
 def captured(work: Callable[[], object]) -> Callable[[], object] | None:
     """The work as a CUDA graph, or None where it cannot be captured."""
     try:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
@@ -76,7 +92,7 @@ def time_cuda(work: Callable[[], object], budget: float) -> Timing:
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     until = time.perf_counter() + budget
     while len(events) < 10 or (time.perf_counter() < until and len(events) < 100):
-        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         flush.zero_()
         pair[0].record()
         run()
