@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmfix_evals import stats
+from mmfix_evals import samples, stats
+from mmfix_evals.errors import DataError
 from mmfix_evals.samples import Sample
 from mmfix_evals.tasks import Metric, Task
 
 Counts = NDArray[np.float64]
 Entry = dict[str, Any]
 MACRO = "macro"
+POINT = 0.01  # one point of a metric that is printed x 100
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,13 @@ class Answers:
     def row(self, sample: Sample) -> Counts:
         """The columns of one sample, computed once."""
         if sample["key"] not in self._rows:
-            counts = self.task.counts(sample, self.flavour)
+            try:
+                counts = self.task.counts(sample, self.flavour)
+            except (DataError, KeyError, TypeError, AttributeError) as problem:
+                raise DataError(
+                    f"{samples.NAME}: the sample of {sample['task']} {sample['doc_id']} ({sample['method']}) cannot be "
+                    f"scored ({problem!r}): delete its line and run the same command again"
+                ) from None
             self._rows[sample["key"]] = np.array([counts[name] for name in self.task.columns], dtype=np.float64)
         return self._rows[sample["key"]]
 
@@ -109,10 +117,10 @@ def _metrics_of(
     settings: Settings,
 ) -> list[Entry]:
     images = images_of(parts)
-    counts = [matrix(answers, part, images) for part in parts]
+    draws = stats.draw([matrix(answers, part, images) for part in parts], settings.resamples, settings.seed)
     entries = []
     for metric in metrics:
-        found = stats.bootstrap_macro(counts, metric.formula, settings.resamples, settings.seed)
+        found = stats.interval(draws, metric.formula)
         value = int(found.value) if metric.integer and found.value is not None else found.value
         entries.append(
             {
@@ -156,12 +164,18 @@ def _differences(
     settings: Settings,
 ) -> list[Entry]:
     left, right = sides
+    for one, other in ((x, y) for parts in zip(left, right, strict=True) for x, y in zip(*parts, strict=True)):
+        if one["image"] != other["image"]:
+            raise DataError(
+                f"{samples.NAME}: {one['task']} {one['doc_id']} is about {one['image']} for {one['method']}, but about "
+                f"{other['image']} for {other['method']}: delete the line that is wrong and run the same command again"
+            )
     images = images_of(left)
-    before = [matrix(a, part, images) for part in left]
-    after = [matrix(b, part, images) for part in right]
+    before = stats.draw([matrix(a, part, images) for part in left], settings.resamples, settings.seed)
+    after = stats.draw([matrix(b, part, images) for part in right], settings.resamples, settings.seed)
     entries = []
     for metric in metrics:
-        found = stats.paired_macro(after, before, metric.formula, settings.resamples, settings.seed)
+        found = stats.difference(after, before, metric.formula)
         entry: Entry = {
             "task": a.task.name,
             "data_split": a.data_split,
@@ -173,6 +187,8 @@ def _differences(
             "ci_low": found.low,
             "ci_high": found.high,
             "p": found.p,
+            "standard_error": found.standard_error,
+            "images_for_1_point": found.images_to_see(POINT) if metric.percent else None,
             "n": sum(map(len, left)),
             "n_images": found.n_clusters,
         }

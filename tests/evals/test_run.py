@@ -288,7 +288,7 @@ def test_results_are_replaced_only_when_complete(config: RunConfig, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         results_module.write(config.out, {**before, "status": "other"})
     assert json.loads((config.out / "results.json").read_text()) == before
-    assert sorted(path.name for path in config.out.iterdir()) == ["results.json", "samples.jsonl"]
+    assert sorted(path.name for path in config.out.iterdir()) == ["reports.json", "results.json", "samples.jsonl"]
 
 
 def test_two_runs_cannot_write_one_folder(config: RunConfig) -> None:
@@ -329,3 +329,21 @@ def test_secrets_do_not_reach_the_results() -> None:
         "var:move=0.4,tau=4,vhr",
     ]
     assert clean_values({"token": "abc", "top_p": 0.5}) == {"token": "***", "top_p": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (("greedy", "causalmm"), True),
+        (("greedy", "causalmm+var"), True),
+        (("greedy", "causalmm", "plausibility"), False),
+        (("greedy", "plausibility"), False),
+        (("greedy", "var", "vhr"), False),
+    ],
+)
+def test_a_contrast_method_without_its_control_is_remarked_on(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], methods: tuple[str, ...], said: bool
+) -> None:
+    config = replace(config, tasks=("fake-chair",), methods=methods, limit=1)
+    run(config, ["mmfix"], Reporter(), lambda _: fake_eval.FakeDecoder())
+    assert ("add plausibility to --methods as the control" in capsys.readouterr().err) is said
