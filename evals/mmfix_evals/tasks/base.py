@@ -153,9 +153,7 @@ class Task(ABC):
             name, equals, given = piece.partition("=")
             if name not in self.options or not equals:
                 listed = ", ".join(self.options) or "none"
-                raise UsageError(
-                    f"task {self.name}: {piece!r} is no option=value; options: {listed}"
-                )
+                raise UsageError(f"task {self.name}: {piece!r} is no option=value; options: {listed}")
             choices = self.options[name]
             if choices and given not in choices:
                 raise UsageError(f"task {self.name}: {unknown(name, given, choices)}")
