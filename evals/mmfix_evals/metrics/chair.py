@@ -34,6 +34,7 @@ __all__ = [
     "Chair",
     "ChairScore",
     "Mention",
+    "coco_nodes",
     "counts",
     "ground_truth_from_coco",
     "read_ground_truth",

@@ -73,10 +73,9 @@ def converse(
     with mmfix.mitigate(decoder.model, decoder.method) as fix:
         for turn in range(turns.pop()):
             texts = [
-                _render(decoder.processor, asked, one.replies, turn)
-                for asked, one in zip(questions, found, strict=True)
+                render(decoder.processor, asked, one.replies, turn) for asked, one in zip(questions, found, strict=True)
             ]
-            inputs = _encode(decoder, texts, pictures)
+            inputs = encode(decoder, texts, pictures)
             start = time.perf_counter()
             rows = decoder.model.generate(**inputs, **chosen.kwargs).tolist()
             seconds = (time.perf_counter() - start) / len(found)
@@ -92,7 +91,7 @@ def converse(
     return found
 
 
-def _render(processor: Any, asked: Sequence[str], answered: Sequence[str], turn: int) -> str:
+def render(processor: Any, asked: Sequence[str], answered: Sequence[str], turn: int) -> str:
     """The conversation up to a turn, by the processor's chat template."""
     if not getattr(processor, "chat_template", None):
         raise UsageError("questions in several turns need a processor with a chat template; use the single-turn task")
@@ -105,7 +104,7 @@ def _render(processor: Any, asked: Sequence[str], answered: Sequence[str], turn:
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def _encode(decoder: Any, texts: list[str], pictures: Sequence[Any]) -> dict[str, Any]:
+def encode(decoder: Any, texts: list[str], pictures: Sequence[Any]) -> dict[str, Any]:
     """Tensors of one left-padded batch, as the decoder itself makes them."""
     processor, model = decoder.processor, decoder.model
     options: dict[str, Any] = {"return_tensors": "pt", "padding": len(texts) > 1}
