@@ -99,9 +99,7 @@ class GroundingTask(Task):
             report = fix.report().to_dict() if decoder.method is not None else None
         answers, width = [], inputs["input_ids"].shape[1]
         for place, (document, row) in enumerate(zip(documents, rows, strict=True)):
-            ids, reason = cut(
-                row[inputs["input_ids"].shape[1] :], chosen.stop_ids, chosen.pad_id, chosen.max_new_tokens
-            )
+            ids, reason = cut(row[width:], chosen.stop_ids, chosen.pad_id, chosen.max_new_tokens)
             maps = [step[place, : record.image.shape[1]][record.image[place]].double() for step in record.steps]
             answer = Recorded("", ids, reason, report)
             answer.text, spans = _spans(decoder.processor.tokenizer, ids)

@@ -1,4 +1,4 @@
-"""MuCR (Li et al. 2024, arXiv:2408.08105): causal links between two pictures, as choices out of four. Experimental.
+"""MuCR (Zhiyuan-Li-John/MuCR): causal links between two pictures, as choices out of four. Experimental.
 
 The paper's formulas are not published as code; both tasks report plain 4-way accuracy, and the third of the benchmark
 (explanations, judged by a model) is left out. Rows are JSON Lines with ``id``, ``cue``, ``false_cue`` (three),
@@ -29,12 +29,16 @@ ROWS = data.Source(
     "Lines with paths in image_0 and image_1",
 )
 _LETTER = re.compile(r"^\W*(?:answer|option|choice|image|picture)?\W*([A-D])\b", re.IGNORECASE)
-_ALONE = re.compile(r"\b([A-D])\b")
+_ALONE = re.compile(r"\b([B-D]|A(?!\s+[a-z]))\b")
+_ARTICLE = re.compile(r"\W*a\s+[a-z]", re.IGNORECASE)
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter an answer settles on: at its beginning ("B.", "(b)", "Answer: B"), else the only capital A–D in it."""
-    first = _LETTER.match(text.strip())
+    """The letter an answer settles on: at its beginning ("B.", "(b)", "Answer: B"), else the only capital A–D in it.
+
+    The article of "A dog" is no letter.
+    """
+    first = None if _ARTICLE.match(text) else _LETTER.match(text.strip())
     if first and (first[1].isupper() or len(text.strip()) <= 3 or text.strip()[0] in "(["):
         return first[1].upper()
     alone = set(_ALONE.findall(text))
