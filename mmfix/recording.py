@@ -50,13 +50,14 @@ def record_attention(fix: Mitigation) -> Iterator[AttentionRecord]:
 
     The edited map is read off the definition itself: attention with the identity in place of the values is the map
     (edits, moves and head factors included). That costs one more attention of the slow reference per layer and pass.
-    Rows of contrast branches are left out. One generation per block; beams and prompts in pieces are refused.
+    Rows of contrast branches are left out. One generation per block; decode greedily or by sampling, for the rows of a
+    beam search are beams that change places.
 
     Args:
         fix: what ``mmfix.mitigate(...)`` gave.
 
     Raises:
-        UsageError: the batch changes while generating (beams), or a second prompt.
+        UsageError: a second prompt, or a second recording at the same time.
 
     Example:
         >>> with mmfix.mitigate(model, "vhr") as fix, record_attention(fix) as record:
@@ -103,6 +104,4 @@ def _record(session: Any, record: AttentionRecord, state: LayerState, inputs: di
         raise MmfixError("attention is recorded from the prompt on; open the block before the model is called")
     if record.image is None:
         record.image = spans.image[::rows]
-    if weights.shape[0] != record.image.shape[0]:
-        raise UsageError("the batch grew while generating (beams); attention can be recorded greedily only")
     record.add(state.layer == 0, weights[:, :total])
