@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import build, calibrate, compare, describe, fetch, info, run, score, serve
+from mmfix_evals.cli import build, calibrate, compare, describe, fetch, info, report, run, score, serve
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ evaluate.add_typer(score.app, name="score")
 evaluate.add_typer(build.app, name="build")
 evaluate.command("fetch", epilog=fetch.EXAMPLE)(fetch.fetch_command)
 evaluate.command("compare", epilog=compare.COMPARE_EXAMPLE)(compare.compare_command)
-evaluate.command("report", epilog=compare.REPORT_EXAMPLE)(compare.report_command)
+evaluate.command("report", epilog=report.EXAMPLE)(report.report_command)
 evaluate.command("list", epilog=compare.LIST_EXAMPLE)(compare.list_command)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)
