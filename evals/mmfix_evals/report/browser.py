@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mmfix_evals import tasks
 from mmfix_evals.errors import EvalError
 from mmfix_evals.report.source import Reported
 from mmfix_evals.scoring import Answers
@@ -74,14 +75,19 @@ class Group:
 
 
 def groups(runs: Sequence[Reported], baseline: str = "greedy", pictures: bool = True) -> list[Group]:
-    """Every (run, task, method) with samples of both arms."""
-    found = []
+    """Every (run, task, method) with samples of both arms; captions first, for they show most."""
+    found: list[Group] = []
     for run in runs:
         for name, answers in run.answers.items():
             for method in answers.by_method:
                 if method != baseline and baseline in answers.by_method:
                     found.append(_group(run, name, answers, method, baseline, pictures))
-    return found
+    return sorted(found, key=lambda group: "mentions" not in columns_of(group))
+
+
+def columns_of(group: Group) -> Sequence[str]:
+    """The columns that a group's task counts."""
+    return tasks.get(group.task).columns
 
 
 def _group(run: Reported, name: str, answers: Answers, method: str, baseline: str, pictures: bool) -> Group:

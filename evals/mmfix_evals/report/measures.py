@@ -82,8 +82,8 @@ def hallucination_unit(task: str) -> str:
 
     columns = tasks.get(task).columns
     if "mentions" in columns:
-        return "captions that name it although it is absent, %"
-    return "questions about it, where it is absent, that are answered yes, % (asked at least three times)"
+        return "Share of the captions that name it although it is not there."
+    return "Share of the questions about it, where it is not there, that are answered yes (asked at least three times)."
 
 
 def reliability(run: Reported, task: str, method: str) -> list[Bin]:

@@ -38,7 +38,7 @@ def html(runs: Sequence[Reported], title: str = "mmfix report", baseline: str = 
             columns=tables.COLUMNS,
             runs=[_run(run) for run in runs],
             # Matplotlib has escaped what it was given; everything else on the page is escaped by the template.
-            plots=[{"title": plot.title, "note": plot.note, "svg": Markup(plot.svg)} for plot in plots],
+            plots=[{**vars(plot), "svg": Markup(plot.svg)} for plot in plots],
             groups=found,
             pairs=[pair for group in found for pair in group.pairs],
             tasks=sorted({group.task for group in found}),

@@ -37,7 +37,8 @@ class Plot:
 
     title: str
     note: str
-    svg: str
+    svg: str = ""
+    wide: bool = False
 
 
 def all_plots(runs: Sequence[Reported]) -> list[Plot]:
@@ -82,7 +83,6 @@ def quality_and_speed(runs: Sequence[Reported]) -> Iterable[Plot]:
             axes[0].set_xlabel("tokens per second")
             axes[0].set_ylabel(_axis(metric))
             axes[0].set_xlim(left=0)
-            axes[0].legend(loc="best")
             split = points[0][3]["split"]
             what = "mean of the splits" if split == MACRO else f"split {split}"
             yield Plot(
@@ -130,11 +130,11 @@ def chair_tradeoffs(runs: Sequence[Reported]) -> Iterable[Plot]:
                     _point(axis, colour, legend, _scaled(known[other], x), _scaled(known["chair_i"], y))
             axis.set_xlabel(label)
             axis.set_ylabel("CHAIR_i, % (lower is better)")
-        axes[0].legend(loc="best")
         yield Plot(
             f"{name}: hallucination against recall and length",
             "A method that only says less moves left and down. Bars: 95 % intervals.",
             _svg(figure),
+            wide=True,
         )
 
 
@@ -159,12 +159,10 @@ def hallucinated_categories(runs: Sequence[Reported], shown: int = 12) -> Iterab
             axis.barh(places, [100 * counted[pair].get(c, 0.0) for c in top], height * 0.9, color=colour, label=label)
         axis.set_yticks(range(len(top)), top)
         axis.invert_yaxis()
-        unit = measures.hallucination_unit(name)
-        axis.set_xlabel(unit)
-        axis.legend(loc="lower right")
+        axis.set_xlabel("%")
         yield Plot(
             f"{name}: what is hallucinated",
-            f"The {len(top)} most frequent of {len(total)} categories. {unit[0].upper()}{unit[1:]}.",
+            f"{measures.hallucination_unit(name)} The {len(top)} most frequent of {len(total)} categories.",
             _svg(figure),
         )
 
@@ -186,7 +184,6 @@ def reliability(runs: Sequence[Reported]) -> Iterable[Plot]:
             axis.set_ylim(0, 100)
             axis.set_xlabel("probability of the answer's first word, %")
             axis.set_ylabel("right answers, %")
-            axis.legend(loc="upper left")
             yield Plot(
                 f"{name}: reliability of answers",
                 "Ten bins of equal width, all splits together; on the dashed line confidence is deserved. Expected "
@@ -206,6 +203,10 @@ def clarity(runs: Sequence[Reported]) -> Iterable[Plot]:
         if not rows:
             continue
         states = [state for state in measures.STATES if any(found.get(state) for _, found in rows)]
+        if states == ["clear"]:
+            read = " Every published parser reads them alike." if "correct" in tasks.get(name).columns else ""
+            yield Plot(f"{name}: what became of the answers", f"None is empty, cut off or failed.{read}")
+            continue
         figure, (axis,) = _figure(1, height=1.1 + 0.32 * len(rows))
         left = [0.0] * len(rows)
         for state in states:
@@ -216,7 +217,6 @@ def clarity(runs: Sequence[Reported]) -> Iterable[Plot]:
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
         axis.set_xlabel("answers, %")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncol=3)
         yield Plot(f"{name}: what became of the answers", measures.STATES_NOTE, _svg(figure))
 
 
@@ -281,7 +281,6 @@ def _bars(axis: Any, runs: Sequence[Reported], task: str, metric: str, splits: S
                 [place], [spread[0]], yerr=_whisker(spread), fmt="none", ecolor="#222222", capsize=2, linewidth=1
             )
     axis.set_xticks(range(len(splits)), splits)
-    axis.legend(loc="best")
 
 
 def _figure(panels: int, height: float = 3.1) -> tuple[Any, Any]:
@@ -293,18 +292,24 @@ def _figure(panels: int, height: float = 3.1) -> tuple[Any, Any]:
             f"reports are drawn with matplotlib, which cannot be imported ({problem}); run: pip install 'mmfix[report]'"
         ) from None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4 * panels if panels > 1 else 6.0, height), layout="constrained")
+        figure = Figure(figsize=(5.6 * panels, height), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
     return figure, list(axes)
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an SVG element: no prologue, no metadata, no name spaces, which HTML does without."""
+    """The figure, with one legend below it, as an SVG element: no prologue, no metadata, no name spaces.
+
+    HTML does without these, and the page then holds no address at all.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncol=min(4, len(labels)))
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
