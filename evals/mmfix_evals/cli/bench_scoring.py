@@ -101,9 +101,11 @@ def measure(repeats: int) -> dict[str, Any]:
         for part, listed in zip(paths, (rows, asked, given), strict=True):
             paths[part].write_text("".join(json.dumps(row) + "\n" for row in listed))
         annotations(folder)
-        start = time.perf_counter()
+        before = os.environ.get("XDG_CACHE_HOME")
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # an empty cache, and the user's untouched
+        start = time.process_time()
         chair.read_ground_truth(folder, chair.Chair())
-        first = time.perf_counter() - start
+        first = time.process_time() - start
 
         def score_chair() -> None:
             chair_text.tokens.cache_clear()
@@ -114,6 +116,8 @@ def measure(repeats: int) -> dict[str, Any]:
             "chair": _times(score_chair, repeats),
             "pope": _times(lambda: pope.score_files(paths["questions"], paths["answers"]), repeats),
         }
+        os.environ.pop("XDG_CACHE_HOME")
+        os.environ.update({} if before is None else {"XDG_CACHE_HOME": before})
     words = statistics.mean(len(row["caption"].split()) for row in rows)
     relevant = ("python", "mmfix", "numpy", "nltk", "textblob")
     return {
@@ -170,8 +174,8 @@ def scoring_command(
     for name, count in (("chair", f"{CAPTIONS} captions"), ("pope", f"{ANSWERS} answers")):
         times = found["seconds"][name]
         typer.echo(
-            f"{name:<6} {count:<14} median {times['median_processor']:.3f} s processor, {times['median_wall']:.3f} s wall "
-            f"({repeats} repeats; target {TARGETS[name]:g} s)"
+            f"{name:<6} {count:<14} median {times['median_processor']:.3f} s processor, {times['median_wall']:.3f} s "
+            f"wall ({repeats} repeats; target {TARGETS[name]:g} s)"
         )
     typer.echo(f"ground truth the first time, before it is cached: {found['ground_truth_first_time']:.2f} s")
 
