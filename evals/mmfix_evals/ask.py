@@ -20,11 +20,10 @@ def generate(decoder: Any, plan: TaskPlan, documents: Sequence[Document], **over
     When sampling, the decoder makes every request's seed from the run's seed and the request itself, so that an
     answer depends neither on its place nor on its neighbours, and methods share their draws.
     """
-    images = [plan.task.image(document.image) for document in documents]
-    prompts = [document.prompt for document in documents]
+    shown = [plan.task.show(document) for document in documents]
     arguments = {**plan.generation, **override}
     start = time.perf_counter()
-    answers = decoder.generate(images, prompts, seed=plan.seed, batch_size=len(documents), **arguments)
+    answers = plan.task.generate(decoder, documents, shown, seed=plan.seed, batch_size=len(documents), **arguments)
     return list(answers), time.perf_counter() - start
 
 
@@ -47,7 +46,7 @@ def ask(
             **identity(plan, arm, document),
             "response": answer.text,
             **document.target,
-            **plan.task.verdicts(document, answer.text),
+            **plan.task.record(document, answer),
             "finish_reason": answer.finish_reason,
             "seconds": seconds * share,
             "tokens": len(answer.token_ids),

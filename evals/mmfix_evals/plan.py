@@ -142,6 +142,7 @@ class TaskPlan:
             "n_images": len(images),
             "n_documents": len(self.documents),
             "generation": self.generation,
+            "files": self.task.sources(self.data_split),
         }
 
 

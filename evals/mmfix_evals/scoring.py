@@ -51,7 +51,7 @@ class Answers:
             if sample.get("error") is None and sample["method"] in found:
                 found[sample["method"]].setdefault(sample["split"], {})[sample["doc_id"]] = sample
                 data_split = sample["data_split"]
-        return cls(task, flavour, data_split, {name: splits for name, splits in found.items() if splits})
+        return cls(task, flavour, data_split, {name: task.join(splits) for name, splits in found.items() if splits})
 
     def splits(self) -> list[str]:
         """Splits that occur, in the task's order."""

@@ -11,7 +11,7 @@ import pytest
 
 from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError, MissingDependency, UsageError
-from mmfix_evals.metrics import amber, amber_text
+from mmfix_evals.metrics import amber, amber_text, nltk_data
 from mmfix_evals.metrics.amber_metrics import official
 
 HEADINGS = {"generative": "Generative Task", "discriminative": "Descriminative Task", "existence": "Exsitence"}
@@ -229,7 +229,7 @@ def test_no_answer_no_leaves_precision_undefined() -> None:
 
 def test_missing_nltk_data_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nltk.data.path", [])
-    with pytest.raises(MissingDependency, match=r"punkt_tab, averaged_perceptron_tagger_eng, wordnet; run: python -m"):
+    with pytest.raises(MissingDependency, match=r"punkt_tab, averaged_perceptron_tagger_eng, wordnet.*Run: python -m"):
         amber.score(DATA, [{"id": 1, "response": "A dog."}])
     assert amber.score(DATA, [{"id": 1, "nouns": ["dog"]}])["nouns"] == "given"
 
@@ -242,7 +242,7 @@ def test_nouns_are_tagged_in_their_own_spelling(monkeypatch: pytest.MonkeyPatch)
             return word.removesuffix("s")
 
     tags = {"Dogs": "NNP", "grass": "NN", "trees": "NNS", "run": "VB"}
-    monkeypatch.setattr(amber_text, "missing_resources", list)
+    monkeypatch.setattr(nltk_data, "missing_resources", list)
     monkeypatch.setattr("nltk.word_tokenize", str.split)
     monkeypatch.setattr("nltk.pos_tag", lambda words: [(word, tags.get(word, "XX")) for word in words])
     monkeypatch.setattr("nltk.stem.WordNetLemmatizer", Lemmatizer)

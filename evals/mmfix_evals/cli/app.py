@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import bench, calibrate, compare, describe, info, merge, run, score, serve
+from mmfix_evals.cli import bench, build, calibrate, compare, describe, fetch, info, merge, report, run, score, serve
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -27,8 +27,10 @@ app.add_typer(evaluate, name="eval")
 evaluate.command("run", epilog=run.EXAMPLE)(run.run_command)
 evaluate.command("merge", epilog=merge.EXAMPLE)(merge.merge_command)
 evaluate.add_typer(score.app, name="score")
+evaluate.add_typer(build.app, name="build")
+evaluate.command("fetch", epilog=fetch.EXAMPLE)(fetch.fetch_command)
 evaluate.command("compare", epilog=compare.COMPARE_EXAMPLE)(compare.compare_command)
-evaluate.command("report", epilog=compare.REPORT_EXAMPLE)(compare.report_command)
+evaluate.command("report", epilog=report.EXAMPLE)(report.report_command)
 evaluate.command("list", epilog=compare.LIST_EXAMPLE)(compare.list_command)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)

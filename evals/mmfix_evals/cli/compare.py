@@ -1,4 +1,4 @@
-"""``mmfix eval compare``, ``report`` and ``list``: everything that needs run folders only. Imports no torch."""
+"""``mmfix eval compare`` and ``list``: everything that needs run folders only. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
 from mmfix_evals.stats import RESAMPLES
 
 COMPARE_EXAMPLE = "Example: mmfix eval compare runs/demo   (methods of one run)   or: mmfix eval compare runs/a runs/b"
-REPORT_EXAMPLE = "Example: mmfix eval report runs/demo --format md"
 LIST_EXAMPLE = "Example: mmfix eval list --json"
-FORMATS = ("text", "md", "json")
 
 All = Annotated[bool, typer.Option("--all", help="Show every metric, not only the main ones.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -70,25 +67,6 @@ def compare_command(
     tables.print_sections(console, compare_table.sections(found, every_metric), compare_table.COLUMNS)
     for note in compare_table.footnotes(found):
         typer.echo(note)
-
-
-def report_command(
-    folder: Annotated[Path, typer.Argument(help="A run folder.")],
-    format_: Annotated[str, typer.Option("--format", help="text, md or json.")] = "text",
-    every_metric: All = False,
-) -> None:
-    """Print the table of a finished run again."""
-    from mmfix_evals import results, tables
-
-    if format_ not in FORMATS:
-        raise UsageError(unknown("format", format_, FORMATS))
-    found = results.read(folder)
-    if format_ == "json":
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
-    elif format_ == "md":
-        typer.echo(tables.markdown(found, every_metric))
-    else:
-        tables.print_results(found, typer.get_text_stream("stdout"), every_metric)
 
 
 def list_command(as_json: JSON = False) -> None:

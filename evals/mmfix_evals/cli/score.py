@@ -70,15 +70,20 @@ def chair_command(
     truncate: Annotated[
         str | None, typer.Option(help="'last-period' cuts every caption after its last period first.")
     ] = None,
+    flavour: Annotated[
+        str, typer.Option(help="'pattern' (original, no data needed) or 'wordnet' (OPERA, PAI; NLTK data).")
+    ] = "pattern",
     as_json: JSON = False,
 ) -> None:
-    """CHAIR_s, CHAIR_i, recall and length of captions; flavour "pattern"."""
+    """CHAIR_s, CHAIR_i, recall and length of captions."""
     from mmfix_evals.metrics import chair
+
+    known("--flavour", flavour, chair.FLAVOURS)
 
     known("--unknown-image", unknown_image, ("error", "empty"))
     if truncate is not None:
         known("--truncate", truncate, ("last-period",))
-    show(chair.score_files(captions, ground_truth, synonyms, unknown_image, truncate), as_json)
+    show(chair.score_files(captions, ground_truth, synonyms, unknown_image, truncate, flavour), as_json)
 
 
 @app.command(RUN, epilog="Example: mmfix eval score runs/demo --parser strict3way --json")

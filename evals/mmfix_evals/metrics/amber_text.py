@@ -16,45 +16,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mmfix_evals.errors import DataError, MissingDependency
+from mmfix_evals.errors import DataError
 from mmfix_evals.files import GZIP_MAGIC
+from mmfix_evals.metrics import nltk_data
+from mmfix_evals.metrics.nltk_data import missing_resources
 
 Similarity = Callable[[str, str], float]
 
-RESOURCES = {
-    "punkt_tab": "tokenizers/punkt_tab/english",
-    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
-    "wordnet": "corpora/wordnet",
-}
-"""NLTK data package → where it lies below a folder of `nltk.data.path`."""
-
-
-def missing_resources() -> list[str]:
-    """The NLTK data packages that noun extraction needs and that are not there; looks at local folders only."""
-    return [name for name, path in RESOURCES.items() if not (_found(path) or _found(f"{path}.zip"))]
-
-
-def _found(path: str) -> bool:
-    import nltk
-
-    try:
-        nltk.data.find(path)
-    except LookupError:
-        return False
-    return True
+__all__ = ["Similarity", "Vectors", "exact", "missing_resources", "nouns_of", "read_vectors", "require_nouns"]
 
 
 def require_nouns() -> None:
     """Raise MissingDependency, naming what is missing, unless `nouns_of` can work."""
-    try:
-        missing = missing_resources()
-    except ImportError:
-        raise MissingDependency("AMBER's generative part needs NLTK; run: pip install nltk") from None
-    if missing:
-        raise MissingDependency(
-            f"AMBER's generative part needs the NLTK data {', '.join(missing)}; run: python -m nltk.downloader "
-            f"{' '.join(missing)} — or store the nouns of each response under 'nouns'"
-        )
+    nltk_data.require("AMBER's generative part", "; or store the nouns of each response under 'nouns'")
 
 
 def nouns_of(texts: Sequence[str]) -> list[list[str]]:

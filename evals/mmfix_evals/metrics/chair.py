@@ -1,8 +1,9 @@
-"""CHAIR, flavour "pattern": which objects a caption names, and how many of them are not in the picture.
+"""CHAIR: which objects a caption names, and how many of them are not in the picture.
 
 CHAIR_s = captions with a hallucinated mention / captions; CHAIR_i = hallucinated mentions / mentions (over the corpus,
 duplicates counted). Recall = Σ|gt ∩ named| / Σ|gt|, precision = Σ|gt ∩ named| / Σ|named|, length = mean number of
-tokens. A mention is hallucinated if its node is not in the ground truth of the image.
+tokens. A mention is hallucinated if its node is not in the ground truth of the image. Two flavours are in use and are
+never comparable: "pattern" (the original, data-free here) and "wordnet" (OPERA, PAI, HALC; needs NLTK's data).
 Paper: Rohrbach et al. 2018, arXiv:1809.02156.
 """
 
@@ -19,19 +20,21 @@ import numpy as np
 
 from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError, UsageError
-from mmfix_evals.metrics import chair_truth
+from mmfix_evals.metrics import chair_text, chair_truth, chair_wordnet
 from mmfix_evals.metrics.chair_metrics import COUNT_KEYS, METRICS, UNDEFINED
-from mmfix_evals.metrics.chair_text import Token, tokens
+from mmfix_evals.metrics.chair_text import Token
 from mmfix_evals.metrics.coco_words import DOUBLE_WORDS, coco_nodes, read_synonyms
 
 __all__ = [
     "COUNT_KEYS",
     "FLAVOUR",
+    "FLAVOURS",
     "METRICS",
     "Analysis",
     "Chair",
     "ChairScore",
     "Mention",
+    "coco_nodes",
     "counts",
     "ground_truth_from_coco",
     "read_ground_truth",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 FLAVOUR = "pattern"
+FLAVOURS = {FLAVOUR: chair_text.tokens, "wordnet": chair_wordnet.tokens}
+"""Flavour → from a caption to its tokens. The first is the default."""
 FIRST_WORDS = frozenset(pair.split(" ")[0] for pair in DOUBLE_WORDS)
 UNKNOWN_IMAGE = ("error", "empty")
 TRUNCATE = (None, "last-period")
@@ -92,12 +97,18 @@ class Chair:
     Args:
         synonyms: None for the built-in table of COCO's 80 categories, a file in the published format, or a mapping
             from word to node. Words are matched in lower case and in the singular.
+        flavour: one of `FLAVOURS`.
 
     Raises:
         DataError: unreadable synonyms file.
+        UsageError: unknown flavour.
     """
 
-    def __init__(self, synonyms: str | os.PathLike[str] | Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, synonyms: str | os.PathLike[str] | Mapping[str, str] | None = None, flavour: str = FLAVOUR
+    ) -> None:
+        _check_option("flavour", flavour, tuple(FLAVOURS))
+        self.flavour = flavour
         if synonyms is None:
             self.nodes = coco_nodes()
         else:
@@ -105,7 +116,7 @@ class Chair:
 
     def analyse(self, caption: str) -> Analysis:
         """Tokens and mentions of a caption. `seat` does not count beside `toilet`, as in every version of CHAIR."""
-        merged = merge_double_words(tokens(caption))
+        merged = merge_double_words(FLAVOURS[self.flavour](caption))
         words = {token.word for token in merged}
         dropped = "seat" if {"toilet", "seat"} <= words else None
         found = [
@@ -179,7 +190,7 @@ class Chair:
             for key, count in self.counts(caption, truth.get(image, frozenset())).items():
                 summed[key] += count
         strange = sorted(set().union(*truth.values()) - set(self.nodes.values()))
-        return _score(summed, len(unknown), strange, len(repeated))
+        return _score(summed, len(unknown), strange, len(repeated), self.flavour)
 
 
 def _check_option(name: str, given: str | None, choices: Sequence[str | None]) -> None:
@@ -199,7 +210,9 @@ def _record(captions: Sequence[Mapping[str, Any]], index: int) -> tuple[str, str
     return str(image), caption
 
 
-def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int) -> ChairScore:
+def _score(
+    summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int, flavour: str
+) -> ChairScore:
     vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
     values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
     warnings = [f"{name} is undefined: {UNDEFINED[name]}" for name, found in values.items() if found is None]
@@ -218,6 +231,7 @@ def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repe
         length=values["length"],
         n=summed["captions"],
         warnings=tuple(warnings),
+        flavour=flavour,
         counts=dict(summed),
     )
 
@@ -252,14 +266,14 @@ def ground_truth_from_coco(folder: str | os.PathLike[str], chair: Chair | None =
 
     Args:
         folder: with COCO's `instances*.json` and `captions*.json` (the 2014 files alone if they are there).
-        chair: the vocabulary; default: the built-in one.
+        chair: vocabulary and flavour; default: the built-in words, flavour "pattern".
 
     Raises:
         DataError: files missing or malformed, or a category that the vocabulary does not know.
         MissingDependency: pycocotools is not installed.
     """
     scorer = chair or Chair()
-    return chair_truth.from_coco(Path(folder), scorer.nodes, scorer.mentions, FLAVOUR)
+    return chair_truth.from_coco(Path(folder), scorer.nodes, scorer.mentions, scorer.flavour)
 
 
 def read_ground_truth(path: str | os.PathLike[str], chair: Chair | None = None) -> dict[str, set[str]]:
@@ -273,6 +287,7 @@ def score_files(
     synonyms: str | os.PathLike[str] | None = None,
     unknown_image: str = "error",
     truncate: str | None = None,
+    flavour: str = FLAVOUR,
 ) -> dict[str, Any]:
     """Score a JSON Lines file of `{"image_id", "caption"}` (gzip allowed) against ground truth (file or folder).
 
@@ -282,7 +297,7 @@ def score_files(
     captions = files.read_rows(captions_path)
     if not captions:
         raise DataError(f"{captions_path}: contains no captions; give one JSON object per line")
-    chair = Chair(synonyms)
+    chair = Chair(synonyms, flavour)
     score = chair.score(captions, read_ground_truth(ground_truth, chair), unknown_image, truncate)
     options = {"truncate": truncate, "unknown_image": unknown_image}
     return score.to_dict() | options | {"captions_sha256": files.sha256(captions_path)}

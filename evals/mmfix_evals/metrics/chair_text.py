@@ -50,7 +50,7 @@ def tokens(caption: str) -> tuple[Token, ...]:
     Raises MissingDependency if nltk or textblob is not installed.
     """
     lowered = caption.lower()
-    back = _positions(caption, lowered)
+    back = positions(caption, lowered)
     found = [
         Token(singular(word), start + first, start + last)
         for start, end in sentences(lowered)
@@ -61,7 +61,7 @@ def tokens(caption: str) -> tuple[Token, ...]:
     return tuple(found)
 
 
-def _positions(caption: str, lowered: str) -> list[int] | None:
+def positions(caption: str, lowered: str) -> list[int] | None:
     """Caption index of every lower-cased character; None if lower-casing kept the length (it never shrinks)."""
     if len(lowered) == len(caption):
         return None

@@ -70,7 +70,7 @@ def annotation_files(folder: Path) -> list[tuple[Path, Path]]:
     return [(instances[ending], captions[ending]) for ending in chosen]
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
@@ -109,7 +109,7 @@ def _dataset(path: Path) -> dict[str, Any]:
 
 
 def _add_instances(found: dict[str, set[str]], path: Path, nodes: Mapping[str, str]) -> None:
-    coco = _load(path)
+    coco = load(path)
     unknown = sorted({category["name"] for category in coco.cats.values()} - nodes.keys())
     if unknown:
         raise DataError(f"{path}: no words for the categories {', '.join(unknown[:5])}; give --synonyms FILE with them")
@@ -124,7 +124,7 @@ def _add_instances(found: dict[str, set[str]], path: Path, nodes: Mapping[str, s
 
 
 def _add_captions(found: dict[str, set[str]], path: Path, mentions: Callable[[str], Iterable[_Named]]) -> None:
-    coco = _load(path)
+    coco = load(path)
     for image in coco.imgs:
         found.setdefault(str(image), set())
     for annotation in coco.dataset.get("annotations", ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,8 @@ class Task(ABC):
     """What one sample is called in the footnote."""
     prompt_is_data: ClassVar[bool] = False
     """Whether the prompts are part of the data set, so that other prompts are other data (POPE's questions)."""
+    options: ClassVar[Mapping[str, Sequence[str] | None]] = {}
+    """What ``name:option=value`` may set: option → its choices, the default first (None: any text, default empty)."""
 
     @abstractmethod
     def documents(self, data_split: str, limit: int, world_seed: int) -> list[Document]:
@@ -100,6 +103,65 @@ class Task(ABC):
     @abstractmethod
     def counts(self, sample: Mapping[str, Any], flavour: str) -> Mapping[str, float]:
         """The columns of one sample line under one flavour, computed from the raw response."""
+
+    # What follows has a default for tasks with one picture, one turn and independent answers.
+
+    def show(self, document: Document) -> Any:
+        """What the model is shown: a picture, or a list of pictures."""
+        return self.image(document.image)
+
+    def generate(
+        self, decoder: Any, documents: Sequence[Document], shown: Sequence[Any], **arguments: Any
+    ) -> list[Any]:
+        """The answers to one batch, each with ``text``, ``token_ids``, ``finish_reason`` and ``report``.
+
+        Args:
+            decoder: a :class:`mmfix_decoding.Decoder`.
+            documents: the batch.
+            shown: what :meth:`show` gave for each of them.
+            **arguments: of ``decoder.generate``.
+        """
+        return list(decoder.generate(list(shown), [document.prompt for document in documents], **arguments))
+
+    def record(self, document: Document, answer: Any) -> dict[str, Any]:
+        """What stands in the sample's line beside the raw response."""
+        return self.verdicts(document, answer.text)
+
+    def join(self, samples: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Samples of one method (split → document id → sample) with what scoring one needs of another added.
+
+        Answers that belong together (the same question asked twice) are scored as a pair; a sample must be copied
+        before anything is added to it.
+        """
+        return samples
+
+    def sources(self, data_split: str) -> dict[str, str]:
+        """Name → sha256 of the files that the documents were read from."""
+        return {}
+
+    def option(self, name: str) -> str:
+        """The value of an option: as given in the task's name, else the default."""
+        choices = self.options[name]
+        return self._chosen.get(name, choices[0] if choices else "")
+
+    _chosen: Mapping[str, str] = {}
+
+    def configured(self, spec: str) -> Task:
+        """This task with options, called ``name:option=value:option=value``; :class:`UsageError` for a wrong one."""
+        chosen: dict[str, str] = {}
+        for piece in spec.split(":")[1:]:
+            name, equals, given = piece.partition("=")
+            if name not in self.options or not equals:
+                listed = ", ".join(self.options) or "none"
+                raise UsageError(f"task {self.name}: {piece!r} is no option=value; options: {listed}")
+            choices = self.options[name]
+            if choices and given not in choices:
+                raise UsageError(f"task {self.name}: {unknown(name, given, choices)}")
+            chosen[name] = given
+        task = copy.copy(self)
+        task.name = spec  # type: ignore[misc]  # a configured task goes by its full name
+        task._chosen = chosen
+        return task
 
     def image_sha256(self, name: str) -> str:
         """Hash of the decoded picture, so that it does not depend on a file format."""
@@ -139,7 +201,10 @@ def tasks() -> Sequence[Task]:
 
 
 def get(name: str) -> Task:
-    """The task called ``name``; :class:`UsageError` listing the choices for any other."""
-    if name not in _TASKS:
-        raise UsageError(unknown("task", name, names()))
-    return _TASKS[name]
+    """The task called ``name`` or ``name:option=value``; :class:`UsageError` listing the choices for any other."""
+    if name in _TASKS:
+        return _TASKS[name]
+    plain, colon, _ = name.partition(":")
+    if plain not in _TASKS:
+        raise UsageError(unknown("task", plain, names()))
+    return _TASKS[plain].configured(name) if colon else _TASKS[plain]

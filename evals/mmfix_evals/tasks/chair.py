@@ -32,9 +32,9 @@ def _share(above: str, below: str) -> Callable[[Counts], Counts]:
     return lambda c: stats.ratio(c[..., top], c[..., bottom])
 
 
-@lru_cache(maxsize=1)
-def _chair() -> chair.Chair:
-    return chair.Chair()
+@lru_cache(maxsize=4)
+def _chair(flavour: str = chair.FLAVOUR) -> chair.Chair:
+    return chair.Chair(flavour=flavour)
 
 
 class ChairTask(Task):
@@ -72,13 +72,26 @@ class ChairTask(Task):
         }
 
     def counts(self, sample: Mapping[str, Any], flavour: str) -> Mapping[str, float]:
-        truth = set(sample["ground_truth"])
-        repeated, fourgrams = repeated_fourgrams(sample["response"])
-        hallucinated = {mention.node for mention in _chair().mentions(sample["response"])} - truth
+        return self.caption_counts(
+            sample["response"], set(sample["ground_truth"]), set(sample.get("expected", ())), flavour
+        )
+
+    def caption_counts(self, text: str, truth: set[str], expected: set[str], flavour: str) -> Mapping[str, float]:
+        """The columns of one caption.
+
+        Args:
+            text: the caption.
+            truth: nodes in the picture.
+            expected: nodes that are not, but that the picture's context makes likely.
+            flavour: of CHAIR.
+        """
+        scorer = _chair(flavour)
+        repeated, fourgrams = repeated_fourgrams(text)
+        hallucinated = {mention.node for mention in scorer.mentions(text)} - truth
         return {
-            **_chair().counts(sample["response"], truth),
+            **scorer.counts(text, truth),
             "repeated_4grams": repeated,
             "4grams": fourgrams,
             "hallucinated_objects": len(hallucinated),
-            "expected_hallucinated_objects": len(hallucinated & set(sample.get("expected", ()))),
+            "expected_hallucinated_objects": len(hallucinated & expected),
         }

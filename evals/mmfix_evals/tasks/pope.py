@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mmfix_evals.metrics import pope
+from mmfix_evals.tasks import confidence
 from mmfix_evals.tasks.base import Counts, Document, Metric, Task
 
 
@@ -32,6 +33,17 @@ class PopeTask(Task):
     unit = "questions"
     max_new_tokens = 10
     prompt_is_data = True
+
+    def generate(
+        self, decoder: Any, documents: Sequence[Document], shown: Sequence[Any], **arguments: Any
+    ) -> list[Any]:
+        return confidence.generate(decoder, [document.prompt for document in documents], shown, **arguments)
+
+    def record(self, document: Document, answer: Any) -> dict[str, Any]:
+        """The verdicts, and how sure the model was of its first word where that is known."""
+        sure = getattr(answer, "confidence", None)
+        known = {} if sure is None else {"confidence": round(sure, 6)}
+        return {**self.verdicts(document, answer.text), **known}
 
     def verdicts(self, document: Document, response: str) -> dict[str, Any]:
         return {"verdicts": pope.verdicts(response, document.target["label"])}
