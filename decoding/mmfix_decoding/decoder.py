@@ -18,6 +18,7 @@ import mmfix
 from mmfix.errors import UsageError
 from mmfix_decoding import loading, prompts
 from mmfix_decoding.answer import Answer, cut
+from mmfix_decoding.grids import PatchGrid, patch_grids
 from mmfix_decoding.images import ImageSource
 from mmfix_decoding.options import Plan, plan, refuse_unsettled
 from mmfix_decoding.pairing import run_pair
@@ -250,6 +251,13 @@ class Decoder:
 
         return TokenStream(produce)
 
+    def image_grids(self, image: ImageSource, prompt: str) -> list[PatchGrid]:
+        """Where in `image` each of its tokens lies; empty when this family's layout is not known."""
+        request = prompts.single(image, prompt).load()
+        inputs = prompts.encode([request], self.processor, self.model)
+        tokens = int((inputs["input_ids"] == mmfix.describe(self.model).image_token_id).sum())
+        return patch_grids(inputs, tokens, self.model, self.processor, request.images[0].size)
+
     # -- one batch ----------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Sequence[Request], chosen: Plan) -> tuple[list[list[int]], float]:
@@ -310,6 +318,12 @@ class Decoder:
                 return None if fix is None else fix.report().to_dict()
         finally:
             self._lock.release()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the model: no ``generate`` or ``stream`` of any decoder on it runs inside the block."""
+        with self._lock:
+            yield
 
     def _acquire(self, cancelled: threading.Event) -> bool:
         """Wait for the model; False when the stream was closed meanwhile."""

@@ -148,6 +148,10 @@ class TokenStream(Iterator[TokenEvent]):
         self._settle(item)
         raise StopIteration
 
+    def cancel(self) -> None:
+        """Ask for an end after the token at hand, from any thread; the iterator then ends, and nobody is waited for."""
+        self._cancelled.set()
+
     def close(self) -> None:
         """End the generation; returns when the model is as before. Safe to call again, and on a finished stream."""
         self._cancelled.set()
