@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmfix_app import gallery
+
 QUIET = (
     "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--disable-dev-shm-usage", "--disable-extensions",
@@ -47,7 +49,8 @@ def compare(page: Any, index: int | None = None, timeout: float = 60_000) -> Non
     """Choose a picture of the gallery, press Compare, wait for both answers."""
     if index is not None:
         page.locator("#gallery .thumb").nth(index).click()
-        page.wait_for_timeout(700)
+        name = gallery.pictures()[index].name
+        page.wait_for_selector(f'#picture img[src*="{name}"]', timeout=timeout)
     page.evaluate("document.querySelector('#stage .stage').dataset.old = 1")
     page.locator("#run").click()
     page.wait_for_selector('#stage .stage[data-state="done"]:not([data-old])', timeout=timeout)

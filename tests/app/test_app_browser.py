@@ -85,7 +85,7 @@ def test_both_answers_grow_and_a_token_shows_its_map(page: Any) -> None:
     for n in (0, 4):
         tokens.nth(n).click()
         shown.append(canvas.evaluate("c => [c.dataset.shown, c.toDataURL()]"))
-        assert "of its attention to the picture" in page.locator('.side[data-side="plain"] .look').inner_text()
+        assert "of attention was on the picture" in page.locator('.side[data-side="plain"] .look').inner_text()
     assert shown[0] != shown[1]
     tokens.nth(4).press("ArrowRight")
     assert canvas.evaluate("c => c.dataset.shown") != shown[1][0]
@@ -137,6 +137,7 @@ def test_broken_files_and_bombs_are_refused_in_words(page: Any, visitor: Visitor
             page.locator('#picture button[aria-label="Clear"], #picture button[title="Clear"]').first.click()
         page.locator('#picture input[type="file"]').first.set_input_files(str(path))
         page.locator("#picture-error .mm-error", has_text=said).wait_for()
+    page.evaluate("document.querySelector('#picture-error .mm-error').textContent = ''")
     page.locator("#run").click()
     page.locator("#picture-error .mm-error", has_text="30000").wait_for()
     page.locator("#gallery .thumb").nth(3).click()
