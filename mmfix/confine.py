@@ -17,12 +17,16 @@ from mmfix.branches import Mix
 from mmfix.errors import ConflictError
 from mmfix.families import Family
 from mmfix.method import Method, Site
+from mmfix.segments import MaskEdit
 from mmfix_kernels import Edit, HeadScale, MapReplacement, MassMove, ScoreEdit
 
 # The answers that this module knows how to confine, or that change nothing by themselves. A method that gives another
 # answer is refused: half of it would act on every prompt.
 KNOWN = frozenset(
-    {"prepare", "edits", "wants_sinks", "sinks", "wants_heads", "head_scale", "scales_text_only", "branches", "mix"}
+    {
+        *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
+        *("scales_text_only", "branches", "mix"),
+    }
 )
 
 
@@ -37,9 +41,21 @@ class _Confined:
 
     def edits(self, site: Site) -> Sequence[Edit]:
         found: Sequence[Edit] = super().edits(site)  # type: ignore[misc]
-        rows = site.spans.image.shape[0]
+        return [_restricted(edit, self._rows(site)) for edit in found]
+
+    def mask(self, site: Site) -> Sequence[MaskEdit]:
+        found: Sequence[MaskEdit] = super().mask(site)  # type: ignore[misc]
+        chosen = self._rows(site)
+        return [dataclasses.replace(e, batch=chosen if e.batch is None else chosen & e.batch) for e in found]
+
+    @property
+    def masks(self) -> bool:
+        return type(self).__mro__[2].mask is not Method.mask  # type: ignore[attr-defined]
+
+    def _rows(self, site: Site) -> Tensor:
+        """Bool[rows] of the batch at hand, branches included."""
         chosen = torch.tensor(self._prompts, device=site.spans.image.device)
-        return [_restricted(edit, chosen.repeat_interleave(rows // len(self._prompts))) for edit in found]
+        return chosen.repeat_interleave(site.spans.image.shape[0] // len(self._prompts))
 
     def head_scale(self, site: Site, heads: Tensor, text_only: Tensor) -> HeadScale:
         edit: HeadScale = super().head_scale(site, heads, text_only)  # type: ignore[misc]
@@ -102,11 +118,8 @@ def _restricted(edit: Edit, chosen: Tensor) -> Edit:
     """`edit` on the batch rows of `chosen`, Bool[rows]."""
     if isinstance(edit, HeadScale):
         return HeadScale(scale=torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0))
-    if isinstance(edit, MapReplacement):
+    if isinstance(edit, (ScoreEdit, MassMove, MapReplacement)):
         return dataclasses.replace(edit, batch=chosen if edit.batch is None else chosen & edit.batch)
-    if isinstance(edit, (ScoreEdit, MassMove)):
-        rows = tuple(n for n, on in enumerate(chosen.tolist()) if on and (edit.batch is None or n in edit.batch))
-        return dataclasses.replace(edit, batch=rows)
     raise ConflictError(
         f"{type(edit).__name__} acts on the whole batch; run the plain model and the method one after the other"
     )

@@ -60,14 +60,16 @@ class AttentionRecorder:
 
 def last_row(call: AttentionCall) -> Tensor:
     """Float32[batch, heads, keys]: attention weights of the last query row of a call, after its edits."""
-    q_len, s_len = call.query.shape[2], call.key.shape[2]
+    q_len, s_len = call.query.shape[2], call.keys
     mask = call.mask if call.mask is None or call.mask.shape[-2] == 1 else call.mask[..., -1:, :]
     identity = torch.eye(s_len, device=call.key.device)
     row = dataclasses.replace(
         call,
         query=call.query[:, :, -1:].float(),
-        key=call.key.float(),
+        key=call.whole(call.prefix_key, call.key).float(),
         value=identity.expand(*call.key.shape[:2], s_len, s_len),
+        prefix_key=None,
+        prefix_value=None,
         mask=mask,
         groups=None if call.groups is None else _last_groups(call.groups, q_len, s_len),
         edits=[edit for edit in call.edits if not isinstance(edit, HeadScale)],
@@ -83,6 +85,7 @@ def _last_groups(groups: KeyGroups, q_len: int, s_len: int) -> KeyGroups:
         rows={kind: None if mask is None else mask[:, -1:] for kind, mask in groups.rows.items()},
         first={kind: int(first >= q_len) for kind, first in groups.first.items()},
         offset=offset + q_len - 1,
+        before=groups.before,
     )
 
 

@@ -49,7 +49,7 @@ class Api:
     def methods(self) -> dict[str, dict[str, Any]]:
         """Methods that this app runs, with their parameters."""
         found = {}
-        for name in self.service.methods():
+        for name in self.service.methods:
             info = mmfix.methods()[name]
             params = {key: {"default": repr(p.default), "help": p.help} for key, p in info.params.items()}
             found[name] = {"title": info.title, "paper": info.paper, "kind": info.kind, "params": params}

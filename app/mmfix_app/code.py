@@ -6,6 +6,8 @@ import json
 from shlex import quote
 from typing import Any
 
+import mmfix
+from mmfix import Method
 from mmfix_app.markup import esc
 from mmfix_app.service import Decoding
 
@@ -13,6 +15,7 @@ from mmfix_app.service import Decoding
 def python(model: str, method: str, changed: dict[str, Any], prompt: str, decoding: Decoding) -> str:
     """A script that gives the mitigated answer: the exact ``mitigate(...)`` call."""
     arguments = "".join(f", {name}={value!r}" for name, value in changed.items())
+    told = ", processor=processor" if mmfix.methods()[method].cls.mask is not Method.mask else ""
     options = [f"max_new_tokens={decoding.max_new_tokens}", *(f"{k}={v!r}" for k, v in decoding.kwargs.items())]
     if not decoding.sample:
         return (
@@ -25,7 +28,7 @@ def python(model: str, method: str, changed: dict[str, Any], prompt: str, decodi
             "    [{'role': 'user', 'content': turn}], add_generation_prompt=True,\n"
             "    tokenize=True, return_dict=True, return_tensors='pt',\n"
             ").to(model.device, dtype=model.dtype)\n\n"
-            f"with mmfix.mitigate(model, {method!r}{arguments}):\n"
+            f"with mmfix.mitigate(model, {method!r}{told}{arguments}):\n"
             f"    ids = model.generate(**inputs, {', '.join(options)})\n"
             "print(processor.decode(ids[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True))\n"
         )

@@ -70,7 +70,7 @@ def measure(decoder: Decoder, image: Image.Image, prompt: str, method: Method | 
     request = prompts.single(image, prompt).load()
     with decoder.exclusive(), torch.no_grad():
         inputs = prompts.encode([request], decoder.processor, decoder.model)
-        with mmfix.mitigate(decoder.model, method, telemetry=True) as fix:
+        with mmfix.mitigate(decoder.model, method, processor=decoder.processor, telemetry=True) as fix:
             logits = decoder.model(**inputs).logits[0, -1].float()
             masses = fix.masses() or {}
             fired = sum(found.fired for found in fix.report().fired.values())

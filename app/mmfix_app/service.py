@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 
 import mmfix
 from mmfix import Method
-from mmfix.errors import MethodError, UsageError
+from mmfix.errors import MethodError, MmfixError, UsageError
+from mmfix.segments import chat_markers
 from mmfix_app import controls, gallery
 from mmfix_app.limits import Limits
 from mmfix_decoding import Decoder, TokenEvent
@@ -146,13 +148,23 @@ class Service:
     def model(self) -> Any:
         return self.decoder.model
 
+    @cached_property
+    def family(self) -> mmfix.Family:
+        """The model as methods see it, with the markers of its chat template."""
+        try:
+            markers = chat_markers(self.decoder.processor)
+        except MmfixError:
+            markers = None
+        return replace(mmfix.describe(self.model), markers=markers)
+
+    @cached_property
     def methods(self) -> list[str]:
         """Methods that can run on this model; names of others are refused."""
         found = []
         for name in mmfix.methods():
             try:
-                mmfix.calibrated(self.model, name).prepare(mmfix.describe(self.model))
-            except mmfix.errors.MmfixError:
+                mmfix.calibrated(self.model, name).prepare(self.family)
+            except MmfixError:
                 continue  # such as VAR without sink dimensions
             found.append(name)
         return found
@@ -184,10 +196,10 @@ class Service:
 
     def method(self, name: str, given: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
         """A method of the list with a visitor's parameters, and those that differ from the model's own."""
-        if name not in self.methods():
-            raise MethodError(f"method {name!r} is not one of: {', '.join(self.methods())}")
+        if name not in self.methods:
+            raise MethodError(f"method {name!r} is not one of: {', '.join(self.methods)}")
         built, changed = controls.build(self.model, name, given)
-        built.prepare(mmfix.describe(self.model))  # refuses what does not fit this model
+        built.prepare(self.family)  # refuses what does not fit this model
         return built, changed
 
     def run(self, request: Request, cancelled: threading.Event | None = None) -> Iterator[Run]:

@@ -69,7 +69,7 @@ class _Page:
         self.service = service
         self.model_id = model_id
         self.jobs = Jobs()
-        self.methods = service.methods()
+        self.methods = service.methods
         self.first = PREFERRED if PREFERRED in self.methods else self.methods[0]
         self.fields: list[tuple[str, controls.Control, Any]] = []
 

@@ -182,7 +182,7 @@ def _run(
 ) -> Report:
     model, processor = decoder.model, decoder.processor
     with ExitStack() as stack:
-        fix = stack.enter_context(mmfix.mitigate(model, methods, telemetry=True))
+        fix = stack.enter_context(mmfix.mitigate(model, methods, processor=processor, telemetry=True))
         recorder = stack.enter_context(record_attention(model))
         inputs = prompts.encode([request] * len(sides), processor, model)
         watch = Watch(fix, recorder, inputs["input_ids"] == mmfix.describe(model).image_token_id)
