@@ -43,7 +43,9 @@ class PatchGrid:
         return own[:, : self.columns]
 
 
-def patch_grids(inputs: Mapping[str, Any], tokens: int, model: Any, processor: Any, size: tuple[int, int]) -> list[PatchGrid]:  # fmt: skip
+def patch_grids(
+    inputs: Mapping[str, Any], tokens: int, model: Any, processor: Any, size: tuple[int, int]
+) -> list[PatchGrid]:
     """The grids of one picture.
 
     Args:
@@ -95,7 +97,8 @@ def _overlap(edges: npt.NDArray[Any]) -> npt.NDArray[Any]:
     bins = np.linspace(0.0, 1.0, MIXED + 1)
     low = np.maximum(edges[:-1, None], bins[None, :-1])
     high = np.minimum(edges[1:, None], bins[None, 1:])
-    return np.clip(high - low, 0.0, None) / np.maximum(np.diff(edges)[:, None], 1e-12)
+    shares: npt.NDArray[Any] = np.clip(high - low, 0.0, None) / np.maximum(np.diff(edges)[:, None], 1e-12)
+    return shares
 
 
 def _from_thw(inputs: Mapping[str, Any], processor: Any) -> list[PatchGrid]:
