@@ -51,6 +51,17 @@ class Mitigation:
             raise UsageError(f"image_mask {tuple(mask.shape)} of {mask.dtype}: give Bool[batch, tokens], or None")
         self._session.image_mask = None if mask is None else mask.bool()
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """Batch rows that the model computes for every prompt: 1, and one for each contrast branch."""
+        return self._session.rows_per_prompt
+
+    @property
+    def image_tokens(self) -> Tensor | None:
+        """Bool[B, T]: image tokens of the prompts at hand; None before the first."""
+        spans = self._session.spans
+        return None if spans is None else spans.image[:: self._session.rows_per_prompt]
+
     def report(self) -> reports.Report:
         """Backend per layer, how often each method fired, masses, passes; everything since entry."""
         return reports.build(self._session)

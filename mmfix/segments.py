@@ -7,7 +7,7 @@ query roles, key roles and a relation, and :func:`opened` turns it into the pair
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class MaskEdit:
             system text, or both of one user turn, its images included).
         allow: True opens pairs that the causal mask hides; False hides pairs that it shows.
         share: the rows attend ``(1 - share)`` as before and `share` with the pairs changed, in outputs; 0 to 1.
+        batch: Bool[B], the prompts that are touched; None means all.
     """
 
     queries: Role
@@ -66,6 +67,7 @@ class MaskEdit:
     relation: Relation = "any"
     allow: bool = True
     share: float = 1.0
+    batch: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
@@ -213,13 +215,13 @@ def opened(segments: Segments, edits: Sequence[MaskEdit], start: int) -> Opened 
     found: dict[bool, Tensor] = {}
     for edit in edits:
         if edit.allow and start:
-            late = pairs(segments, edit, 0, start)[..., start:]
+            late = _touched(edit, pairs(segments, edit, 0, start))[..., start:]
             if bool(late.any()):
                 raise MmfixError(
                     "the prompt came in pieces and its first tokens were to see tokens of a later piece; give the "
                     "whole prompt at once (no prefill_chunk_size), or each turn whole"
                 )
-        chosen = pairs(segments, edit, start, length) & (~causal if edit.allow else causal)
+        chosen = _touched(edit, pairs(segments, edit, start, length)) & (~causal if edit.allow else causal)
         found[edit.allow] = found[edit.allow] | chosen if edit.allow in found else chosen
     shares = {edit.share for edit in edits}
     if len(shares) > 1:
@@ -228,6 +230,11 @@ def opened(segments: Segments, edits: Sequence[MaskEdit], start: int) -> Opened 
     if not some or shares == {0.0}:
         return None
     return Opened(some.get(True), some.get(False), shares.pop())
+
+
+def _touched(edit: MaskEdit, chosen: Tensor) -> Tensor:
+    """Pairs [B, l, T] of the prompts that an edit touches."""
+    return chosen if edit.batch is None else chosen & edit.batch.to(chosen.device)[:, None, None]
 
 
 def chat_markers(processor: Any) -> Markers:

@@ -99,6 +99,11 @@ class Session:
         return replay or layer in self.sink_layers
 
     @property
+    def rows_per_prompt(self) -> int:
+        """Batch rows for each prompt at hand."""
+        return 1 if self.branching is None else self.branching.rows.count
+
+    @property
     def branching(self) -> Expander | None:
         """The expander, while the prompt at hand runs with branches."""
         return self.expander if self.expanding else None
@@ -306,7 +311,7 @@ class Session:
             self.talk = self.talk.extended(ids, embeds, image, valid, past)
         else:
             self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
-            self.prompts += shape[0] // (1 if self.branching is None else self.branching.rows.count)
+            self.prompts += shape[0] // self.rows_per_prompt
         if self.methods and not bool(self.talk.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
         self._ready_steps()

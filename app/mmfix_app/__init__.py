@@ -1,1 +1,4 @@
-"""The Gradio demo of mmfix. The application itself is not part of this version; the package reserves the name."""
+"""The Gradio demo of mmfix: a baseline and a mitigated answer side by side, and where the model looked.
+
+``mmfix-app`` (or ``python -m mmfix_app``) opens it on 127.0.0.1 with the bundled model.
+"""

@@ -53,6 +53,9 @@ class TokenEvent:
             and heads: ``"image"`` and ``"text"`` sum to 1, the further groups are parts of these two. None without
             telemetry.
         index: 0 for the first generated token.
+        image_weights: attention that this position gave to each image token, in prompt order, mean over layers and
+            heads; None unless asked for.
+        side: in a paired stream ``"plain"`` or ``"method"``; empty otherwise.
     """
 
     text: str
@@ -61,6 +64,8 @@ class TokenEvent:
     entropy: float
     masses: dict[str, float] | None
     index: int
+    image_weights: tuple[float, ...] | None = field(default=None, repr=False)
+    side: str = ""
 
 
 def cut(

@@ -19,8 +19,10 @@ from mmfix.errors import UsageError
 from mmfix_decoding import loading, prompts
 from mmfix_decoding.answer import Answer, cut
 from mmfix_decoding.conversation import conversation
+from mmfix_decoding.grids import PatchGrid, patch_grids
 from mmfix_decoding.images import ImageSource
 from mmfix_decoding.options import Plan, plan, refuse_unsettled
+from mmfix_decoding.pairing import run_pair
 from mmfix_decoding.prompts import ImageInput, Request
 from mmfix_decoding.sampling import DrawWindow, request_seed, seeded
 from mmfix_decoding.streaming import Emit, Report, Tap, TokenStream
@@ -243,6 +245,56 @@ class Decoder:
 
         return TokenStream(produce)
 
+    def stream_pair(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+        **generation_kwargs: Any,
+    ) -> TokenStream:
+        """Answer one prompt twice at once, plainly and with this decoder's method: two rows of one batch.
+
+        Each side gets the tokens that :meth:`generate` gives it alone with the same arguments (in float32).
+
+        Args:
+            image, prompt, max_new_tokens, seed, generation_kwargs: as for :meth:`stream`.
+
+        Returns:
+            An iterator over :class:`TokenEvent` with ``side`` ``"plain"`` or ``"method"``, group masses and
+            ``image_weights``. The report after its end is the method's (its counts of places looked at cover both);
+            ``report["one_batch"]`` is False for a method that acts on whole batches, which runs after the plain model.
+
+        Raises:
+            ImageError, UsageError: as for :meth:`generate`, at once and not at the first ``next()``.
+        """
+        if not isinstance(prompt, str):
+            raise UsageError("stream_pair() takes one prompt; give a string")
+        request = prompts.single(image, prompt)
+        chosen = plan(self.model, self.processor, max_new_tokens, seed, 1, generation_kwargs)
+        refuse_unsettled(self.model, chosen)
+        request = request.load()
+        given: Any = self.method if isinstance(self.method, (list, tuple)) else [self.method] if self.method else []
+        methods = [mmfix.calibrated(self.model, one) if isinstance(one, str) else one for one in given]
+
+        def produce(emit: Emit, cancelled: threading.Event) -> Report | None:
+            if not self._acquire(cancelled):
+                return None
+            try:
+                return run_pair(self, methods, request, chosen, emit, cancelled)
+            finally:
+                self._lock.release()
+
+        return TokenStream(produce)
+
+    def image_grids(self, image: ImageSource, prompt: str) -> list[PatchGrid]:
+        """Where in `image` each of its tokens lies; empty when this family's layout is not known."""
+        request = prompts.single(image, prompt).load()
+        inputs = prompts.encode([request], self.processor, self.model)
+        tokens = int((inputs["input_ids"] == mmfix.describe(self.model).image_token_id).sum())
+        return patch_grids(inputs, tokens, self.model, self.processor, request.images[0].size)
+
     # -- one batch ----------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Sequence[Request], chosen: Plan) -> tuple[list[list[int]], float]:
@@ -254,10 +306,11 @@ class Decoder:
             seed = request_seed(seed, batch[0])
         start = time.perf_counter()
         with nullcontext() if seed is None else seeded(seed, self.model.device):
-            rows = self._generate(inputs, chosen.kwargs).tolist()
+            rows = self.call_generate(inputs, chosen.kwargs).tolist()
         return [row[width:] for row in rows], time.perf_counter() - start
 
-    def _generate(self, inputs: dict[str, Tensor], kwargs: dict[str, Any]) -> Any:
+    def call_generate(self, inputs: dict[str, Tensor], kwargs: dict[str, Any]) -> Any:
+        """``model.generate``, with an unknown argument told as a :class:`UsageError`."""
         try:
             return self.model.generate(**inputs, **kwargs)
         except ValueError as error:
@@ -276,9 +329,8 @@ class Decoder:
         self, request: Request, chosen: Plan, telemetry: bool, emit: Emit, cancelled: threading.Event
     ) -> Report | None:
         """The body of a stream's worker thread."""
-        while not self._lock.acquire(timeout=0.05):
-            if cancelled.is_set():
-                return None
+        if not self._acquire(cancelled):
+            return None
         try:
             with self._mitigation(telemetry) as fix:
                 window = None
@@ -295,7 +347,7 @@ class Decoder:
                 if window is not None:
                     kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), window])
                 try:
-                    self._generate(prompts.encode([request], self.processor, self.model), kwargs)
+                    self.call_generate(prompts.encode([request], self.processor, self.model), kwargs)
                 finally:
                     if window is not None:
                         window.leave()
@@ -303,6 +355,19 @@ class Decoder:
                 return None if fix is None else fix.report().to_dict()
         finally:
             self._lock.release()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the model: no ``generate`` or ``stream`` of any decoder on it runs inside the block."""
+        with self._lock:
+            yield
+
+    def _acquire(self, cancelled: threading.Event) -> bool:
+        """Wait for the model; False when the stream was closed meanwhile."""
+        while not self._lock.acquire(timeout=0.05):
+            if cancelled.is_set():
+                return False
+        return True
 
     @contextmanager
     def _mitigation(self, telemetry: bool) -> Iterator[mmfix.Mitigation | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,8 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
         emit: receives the events, in order.
         cancelled: when set, generation ends after the token at hand.
         window: closed as soon as a token is drawn.
+        weights: gives the newest token's weights over the image tokens.
+        side: of a paired stream.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
         emit: Emit,
         cancelled: threading.Event,
         window: DrawWindow | None,
+        weights: Callable[[], tuple[float, ...] | None] = lambda: None,
+        side: str = "",
     ) -> None:
         self._text = Detokenizer(tokenizer)
         self._stop_ids = stop_ids
@@ -49,6 +54,8 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
         self._emit = emit
         self._cancelled = cancelled
         self._window = window
+        self._weights = weights
+        self._side = side
         self._ended = False
         self._held: TokenEvent | None = None  # a token whose text is unfinished: it may turn out to be the last
         self._count = 0
@@ -56,21 +63,24 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **kwargs: Any) -> Tensor:
         if self._window is not None:
             self._window.leave()
-        token = int(input_ids[0, -1])
-        self._ended = self._ended or token in self._stop_ids
-        if not self._ended:
-            self._token(token, scores[-1])
+        self.step(int(input_ids[0, -1]), scores[-1][0])
         # generate() keeps the scores of every step; a vocabulary of floats per token would add up.
         scores[-1].data = scores[-1].new_empty(0)
         return torch.full((input_ids.shape[0],), self._cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
 
+    def step(self, token: int, scores: Tensor) -> None:
+        """Report one token of the sequence, chosen from `scores` [vocabulary]; nothing once it has ended."""
+        self._ended = self._ended or token in self._stop_ids
+        if not self._ended:
+            self._token(token, scores)
+
     def _token(self, token: int, scores: Tensor) -> None:
-        logprobs = torch.log_softmax(scores[0].float(), dim=-1)
+        logprobs = torch.log_softmax(scores.float(), dim=-1)
         entropy = torch.special.entr(logprobs.exp()).sum()
         logprob, nats = torch.stack([logprobs[token], entropy]).tolist()
         text = self._text.add(token)
         self._release()
-        event = TokenEvent(text, token, logprob, nats, self._masses(), self._count)
+        event = TokenEvent(text, token, logprob, nats, self._masses(), self._count, self._weights(), self._side)
         self._count += 1
         if self._text.waiting:
             self._held = event
@@ -80,7 +90,7 @@ class Tap(StoppingCriteria):  # type: ignore[misc]
     def _release(self, more: str = "") -> None:
         if self._held is not None:
             held, self._held = self._held, None
-            self._emit(TokenEvent(held.text + more, held.token_id, held.logprob, held.entropy, held.masses, held.index))
+            self._emit(replace(held, text=held.text + more))
 
     def finish(self) -> None:
         """No further token will come: hand out what was held back."""
@@ -137,6 +147,10 @@ class TokenStream(Iterator[TokenEvent]):
             return item
         self._settle(item)
         raise StopIteration
+
+    def cancel(self) -> None:
+        """Ask for an end after the token at hand, from any thread; the iterator then ends, and nobody is waited for."""
+        self._cancelled.set()
 
     def close(self) -> None:
         """End the generation; returns when the model is as before. Safe to call again, and on a finished stream."""

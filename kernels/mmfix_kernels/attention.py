@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,19 @@ BACKENDS: dict[str, Backend] = {
 # Chosen only when named, until they have been measured on a GPU.
 OPT_IN = ("triton",)
 
+# Called with every call that is served, in any thread; empty but for the length of an `observed` block.
+_OBSERVERS: list[Callable[[AttentionCall], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Let `observer` see every attention call served inside the block, calls of other threads included."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
 
 def backends() -> dict[str, str]:
     """Name of each backend → "" when usable on this machine, else the reason why not."""
@@ -51,6 +65,8 @@ def grouped_attention(call: AttentionCall, backend: str | None = None) -> Attend
         call: tensors, groups and edits.
         backend: force one by name; ``ValueError`` when it cannot serve the call.
     """
+    for observer in _OBSERVERS:
+        observer(call)
     if backend is not None:
         reason = BACKENDS[backend].why_not(call)
         if reason:

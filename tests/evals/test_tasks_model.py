@@ -11,12 +11,12 @@ import torch
 
 import mmfix
 from mmfix.errors import UsageError as EngineUsageError
-from mmfix.recording import record_attention
 from mmfix_decoding import Decoder, prompts
 from mmfix_evals import tasks, tinyworld
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.metrics.grounding import cover_of, ground
 from mmfix_evals.tasks import Document
+from mmfix_evals.tasks.attention import record_steps
 from mmfix_evals.tasks.dialogue import converse, replies
 from mmfix_evals.tasks.grounding import grid_of, seen_mask
 
@@ -84,7 +84,7 @@ def encoded(decoder: Decoder, count: int) -> dict[str, Any]:
 def test_without_a_method_it_is_the_models_own_attention(decoder: Decoder) -> None:
     """Against transformers' eager attention weights, step by step, with left padding."""
     inputs = encoded(decoder, 2)
-    with mmfix.mitigate(decoder.model, None) as fix, record_attention(fix) as record:
+    with mmfix.mitigate(decoder.model, None, telemetry=True) as fix, record_steps(decoder.model, fix) as record:
         ids = decoder.model.generate(**inputs, max_new_tokens=5, do_sample=False)
     before = decoder.model.config._attn_implementation
     decoder.model.set_attn_implementation("eager")
@@ -109,8 +109,8 @@ def test_recording_changes_nothing_and_ends_with_the_block(decoder: Decoder, met
     with mmfix.mitigate(decoder.model, built) as fix:
         ids = decoder.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = fix.report().to_dict()["fired"]
-    with mmfix.mitigate(decoder.model, built) as fix:
-        with record_attention(fix) as record:
+    with mmfix.mitigate(decoder.model, built, telemetry=True) as fix:
+        with record_steps(decoder.model, fix) as record:
             recorded = decoder.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert fix.report().to_dict()["fired"] == expected
         steps = len(record.steps)
@@ -129,7 +129,7 @@ def test_an_edit_is_seen_in_the_record(decoder: Decoder) -> None:
         with (
             torch.inference_mode(),
             mmfix.mitigate(decoder.model, method, telemetry=True) as fix,
-            record_attention(fix) as record,
+            record_steps(decoder.model, fix) as record,
         ):
             decoder.model(**inputs)
             told = fix.masses()
@@ -138,14 +138,12 @@ def test_an_edit_is_seen_in_the_record(decoder: Decoder) -> None:
     assert masses[1] > masses[0] + 0.01
 
 
-def test_a_second_prompt_and_a_second_recording_are_refused(decoder: Decoder) -> None:
+def test_a_second_prompt_is_refused(decoder: Decoder) -> None:
     inputs = encoded(decoder, 1)
-    with mmfix.mitigate(decoder.model, None) as fix, record_attention(fix):
+    with mmfix.mitigate(decoder.model, None, telemetry=True) as fix, record_steps(decoder.model, fix):
         decoder.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         with pytest.raises(EngineUsageError, match="second prompt"):
             decoder.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        with pytest.raises(EngineUsageError, match="recorded already"), record_attention(fix):
-            pass
     task = tasks.get("tinyworld-grounding")
     with pytest.raises(UsageError, match="greedy decoding"):
         task.generate(decoder, task.documents("dev", 1, 0), pictures(1), num_beams=2)

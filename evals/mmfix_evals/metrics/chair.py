@@ -210,9 +210,7 @@ def _record(captions: Sequence[Mapping[str, Any]], index: int) -> tuple[str, str
     return str(image), caption
 
 
-def _score(
-    summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int, flavour: str
-) -> ChairScore:
+def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int, flavour: str) -> ChairScore:
     vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
     values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
     warnings = [f"{name} is undefined: {UNDEFINED[name]}" for name, found in values.items() if found is None]

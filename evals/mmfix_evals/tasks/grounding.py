@@ -83,9 +83,9 @@ class GroundingTask(Task):
         import torch
 
         import mmfix
-        from mmfix.recording import record_attention
         from mmfix_decoding import options
         from mmfix_decoding.answer import cut
+        from mmfix_evals.tasks.attention import record_steps
         from mmfix_evals.tasks.dialogue import encode, render
 
         limit, seed, size = (arguments.pop(name, None) for name in ("max_new_tokens", "seed", "batch_size"))
@@ -93,8 +93,8 @@ class GroundingTask(Task):
         if chosen.sampling or (chosen.kwargs.get("num_beams") or 1) > 1:
             raise UsageError(f"{self.name} records attention of greedy decoding; leave do_sample and num_beams out")
         inputs = encode(decoder, [render(decoder.processor, [document.prompt], [], 0) for document in documents], shown)
-        with torch.inference_mode(), mmfix.mitigate(decoder.model, decoder.method) as fix:
-            with record_attention(fix) as record:
+        with torch.inference_mode(), mmfix.mitigate(decoder.model, decoder.method, telemetry=True) as fix:
+            with record_steps(decoder.model, fix) as record:
                 rows = decoder.model.generate(**inputs, **chosen.kwargs).tolist()
             report = fix.report().to_dict() if decoder.method is not None else None
         answers, width = [], inputs["input_ids"].shape[1]

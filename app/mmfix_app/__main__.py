@@ -1,0 +1,3 @@
+from mmfix_app.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""The running app through its programming interface: endpoints, caps, files, MCP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from mmfix_app import cli, gallery
+from mmfix_app.service import Decoding, Service
+
+SCENE = gallery.pictures()[3]
+PROMPT = "Please describe this image in detail."
+
+
+@pytest.fixture(scope="module")
+def client(served: tuple[Any, str]) -> Client:
+    return Client(served[1], verbose=False)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    SCENE.image.save(path)
+    return str(path)
+
+
+def test_a_client_drives_the_comparison(client: Client, service: Service, picture: str) -> None:
+    job = client.submit(
+        handle_file(picture), PROMPT, "vhr", {"alpha": 3.0}, {"max_new_tokens": 16}, api_name="/compare"
+    )
+    found = job.result(timeout=120)
+    run = list(service.run(service.request(SCENE.image, PROMPT, "vhr", {"alpha": 3.0}, Decoding(16))))[-1]
+    for side in ("plain", "method"):
+        assert found["answers"][side]["text"] == run.text(side)
+    assert found["contents"] == list(SCENE.contents)
+    assert found["one_batch"] is True
+    assert found["method"]["params"]["alpha"] == 3.0
+    grown = [len(one["answers"]["plain"]["tokens"]) for one in job.outputs()]
+    assert grown == sorted(grown)
+    assert len(grown) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "method", "params", "decoding", "said"),
+    [
+        ("", "vhr", None, None, "prompt is empty"),
+        (PROMPT, "nonesuch", None, None, "not one of"),
+        (PROMPT, "vhr", {"alpha": 99}, None, "from 0 to 10"),
+        (PROMPT, "vhr", None, {"max_new_tokens": 100_000}, "from 1 to 128"),
+        (PROMPT, "vhr", None, {"num_beams": 99}, "num_beams"),
+    ],
+)
+def test_a_client_is_told_what_is_wrong(
+    client: Client, picture: str, prompt: str, method: str, params: Any, decoding: Any, said: str
+) -> None:
+    with pytest.raises(Exception, match=said):
+        client.predict(handle_file(picture), prompt, method, params, decoding, api_name="/compare")
+
+
+def test_describe_image_takes_bytes_and_gallery_names_but_no_address(client: Client) -> None:
+    buffer = io.BytesIO()
+    SCENE.image.save(buffer, "PNG")
+    by_bytes = client.predict(base64.b64encode(buffer.getvalue()).decode(), PROMPT, "vhr", api_name="/describe_image")
+    by_name = client.predict(SCENE.name, PROMPT, "vhr", api_name="/describe_image")
+    assert by_bytes == by_name
+    assert by_name["answers"]["plain"]["objects"]["contradicted"]
+    for address in ("http://127.0.0.1:1/a.png", "file:///etc/passwd", "/etc/passwd"):
+        with pytest.raises(Exception, match="base64"):
+            client.predict(address, PROMPT, "vhr", api_name="/describe_image")
+
+
+def test_only_named_endpoints_are_open(client: Client) -> None:
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare", "/methods", "/describe_image"}
+    assert set(client.predict(api_name="/methods")) >= {"vhr", "var"}
+
+
+def test_uploads_are_capped_and_files_of_the_machine_are_not_served(served: tuple[Any, str]) -> None:
+    address = served[1].rstrip("/")
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + b"0" * (11 << 20) + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/upload", body, kind))
+    for path in ("/etc/passwd", str(Path(__file__).resolve())):
+        with pytest.raises(urllib.error.HTTPError, match=r"403|404"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+
+
+def test_the_page_asks_nobody_else(served: tuple[Any, str]) -> None:
+    demo, address = served
+    page = urllib.request.urlopen(address).read().decode()
+    assert "fonts.googleapis" not in page
+    assert "cdnjs" not in page
+    assert demo.analytics_enabled is False
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    config = json.loads(urllib.request.urlopen(f"{address}config").read())
+    assert config["stylesheets"] == []
+    assert not config.get("is_space")
+
+
+def test_the_defaults_of_the_command_are_private() -> None:
+    given = cli.parser().parse_args([])
+    assert (given.host, given.share, given.mcp, given.model) == ("127.0.0.1", False, False, "tiny")
+
+
+def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--model", "./nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("mmfix-app: cannot load model './nowhere'")
+
+
+def test_an_image_of_the_wrong_kind_through_the_api(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    Image.new("RGB", (4, 4)).save(path)
+    with pytest.raises(Exception, match="not a PNG, JPEG or WebP"):
+        client.predict(handle_file(str(path)), PROMPT, "vhr", None, None, api_name="/compare")
