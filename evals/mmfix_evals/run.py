@@ -290,7 +290,14 @@ def _head(config: RunConfig, argv: Sequence[str], plans: list[TaskPlan], loaded:
         },
         "bootstrap": {"resamples": config.resamples, "seed": config.seed},
         "model": {**loaded.identity, "dtype": loaded.dtype, "device": loaded.device},
-        "methods": [{"name": arm.name, "spec": list(arm.spec)} for arm in loaded.arms],
+        "methods": [
+            {
+                "name": arm.name,
+                "spec": list(arm.spec),
+                "trained": any(m.info.trained_in_paper for m in arm.methods),
+            }
+            for arm in loaded.arms
+        ],
         "tasks": {one.task.name: one.describe() for one in plans},
         "versions": machine.versions(),
         "git": machine.git(),

@@ -174,6 +174,9 @@ def footnotes(results: Results) -> list[str]:
         "Fired: share of the places a method looked at that it changed.",
     ]
     notes += power_note(results["comparisons"])
+    taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
+    if taught:
+        notes.append(f"Trained in the paper; used here without training: {', '.join(taught)}.")
     for name in never_fired(results):
         means = "it changed nothing there" if " in " in name else "identical to greedy by construction"
         notes.append(f"NEVER FIRED: {name}: {means}.")

@@ -121,3 +121,11 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     printed = text(results)
     assert "This run is interrupted" in printed
     assert "1 answers failed and are not scored" in printed
+
+
+def test_methods_that_were_trained_in_their_paper_are_named_under_every_table(tmp_path: Path) -> None:
+    results = make(tmp_path)
+    assert not any("Trained in the paper" in note for note in tables.footnotes(results))
+    results["methods"][1]["trained"] = True
+    name = results["methods"][1]["name"]
+    assert f"Trained in the paper; used here without training: {name}." in tables.footnotes(results)
