@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from support.families import FAMILIES
-from support.family_models import REFUSED
+from support.refused_models import REFUSED
 
 import mmfix
 from mmfix.errors import UnsupportedModel

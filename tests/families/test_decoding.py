@@ -9,8 +9,8 @@ import torch
 from support.families import Tiny
 
 import mmfix
-from mmfix.families import why_not
 
+SOME = ("llava", "qwen2.5-vl", "gemma3", "blip-2")
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": list(range(90, 100))}
 
 
@@ -33,8 +33,8 @@ def test_caches_and_guesses(tiny: Tiny, model: Any) -> None:
 @pytest.mark.parametrize("method", ["causalmm", "vhr", "mma"])
 def test_beams(tiny: Tiny, model: Any, method: str) -> None:
     """Beams reorder the cache's rows; without a cache every step is a prompt that grew and changed places."""
-    if why_not(mmfix.describe(model), mmfix.method(method)):
-        pytest.skip("does not apply")
+    if method != "causalmm" and tiny.name not in SOME:
+        pytest.skip("what a prompt freezes is tested in fewer families")
     inputs = tiny.inputs(padded=True)
     cached = generated(model, inputs, method, num_beams=3)
     assert generated(model, inputs, method, num_beams=3, use_cache=False) == cached

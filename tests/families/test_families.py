@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.families import Tiny
-from support.family_models import IMAGE_ID, LAYERS
+from support.family_models import LAYERS
+from support.family_pictures import IMAGE_ID
 
 import mmfix
 from mmfix.families import why_not

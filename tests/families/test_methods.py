@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.families import Tiny
-from support.family_models import Inputs
 from support.family_oracle import Oracle, contrast
+from support.family_pictures import Inputs
 from torch import Tensor
 
 import mmfix
 from mmfix.families import why_not
 
-STEPS = 4
+STEPS = 3
 TOLERANCE = 1e-5  # of the largest logit
 SPECIAL = list(range(90, 100))  # picture placeholders and markers: not to be generated
 VAR = {

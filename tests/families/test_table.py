@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.families import FAMILIES
-from support.family_models import REFUSED, got_ocr
+from support.refused_models import REFUSED, got_ocr
 
 import mmfix
 from mmfix.errors import UnsupportedModel
+
+
+@functools.cache
+def _build(name: str) -> Any:
+    return FAMILIES[name].build()
 
 
 def _module() -> Any:
@@ -26,7 +32,7 @@ def _module() -> Any:
 
 def test_the_committed_table_is_current() -> None:
     table = _module()
-    assert table.PATH.read_text() == table.render(lambda name: FAMILIES[name].build()), "run python -m families.table"
+    assert table.PATH.read_text() == table.render(_build), "run python -m families.table"
 
 
 def test_only_what_cannot_be_is_refused() -> None:
@@ -34,7 +40,7 @@ def test_only_what_cannot_be_is_refused() -> None:
     table = _module()
     refused = set()
     for name in FAMILIES:
-        family = mmfix.describe(FAMILIES[name].build())
+        family = mmfix.describe(_build(name))
         refused |= {(name, method) for method in table.METHODS if table.cell(family, method, []) != "yes"}
     assert refused == {("paligemma", "mma"), ("mllama", "mma"), ("mllama", "var"), ("mllama", "vhr")}
 

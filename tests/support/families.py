@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import transformers as hf
 from support import family_models as m
-from support.family_models import IMAGE_ID, Inputs
+from support import family_pictures as p
+from support.family_pictures import IMAGE_ID, Inputs
 
 TEXT = (5, 90)  # ids of plain text tokens
 Row = list[int | str]
@@ -92,24 +93,24 @@ def _tiny(*args: Any, **more: Any) -> tuple[str, Tiny]:
 
 _TYPED = {"types": "mm_token_type_ids"}
 FAMILIES: dict[str, Tiny] = dict([
-    _tiny("llava", "LLaVA-1.5", lambda: m.llava(m.text(hf.LlamaConfig), m.clip()), m.run(9), m.whole(24)),
-    _tiny("llava-siglip", "LLaVA (SigLIP, Qwen2)", m.llava_siglip, m.run(9), m.whole(24)),
-    _tiny("llava-next", "LLaVA-NeXT", m.llava_next, m.tile_span, m.tiles),
-    _tiny("llava-onevision", "LLaVA-OneVision", m.llava_onevision, m.tile_span, m.tiles),
-    _tiny("qwen2-vl", "Qwen2-VL", m.qwen2_vl, m.grid_span, m.grid, **_TYPED),
-    _tiny("qwen2.5-vl", "Qwen2.5-VL", m.qwen2_5_vl, m.grid_span, m.grid, **_TYPED),
-    _tiny("qwen3-vl", "Qwen3-VL", m.qwen3_vl, m.grid_span, m.grid, **_TYPED),
-    _tiny("glm-4v", "GLM-4.1V", m.glm4v, m.grid_span, m.grid, **_TYPED),
-    _tiny("internvl", "InternVL", m.internvl, m.run(4), m.whole(32)),
-    _tiny("idefics2", "Idefics2", m.idefics2, m.run(4), m.by_prompt(24)),
-    _tiny("idefics3", "Idefics3", m.idefics3, m.run(4), m.by_prompt(32)),
-    _tiny("smolvlm", "SmolVLM", m.smolvlm, m.two_tiles, m.two_per_picture),
-    _tiny("paligemma", "PaliGemma", m.paligemma, m.run(9), m.whole(24), types="token_type_ids", image_type=0, later=1),
-    _tiny("gemma3", "Gemma 3", m.gemma3, m.run(4), m.whole(32), types="token_type_ids"),
-    _tiny("mistral3", "Mistral Small 3.1", m.mistral3, m.patch_rows(16), m.padded_pixels),
-    _tiny("pixtral", "Pixtral (LLaVA)", m.pixtral_llava, m.patch_rows(8), m.padded_pixels),
-    _tiny("instructblip", "InstructBLIP", m.instructblip, m.run(4), m.questions),
-    _tiny("blip-2", "BLIP-2", m.blip_2, m.run(4), m.whole(16)),
-    _tiny("mllama", "Llama 3.2 Vision", m.mllama, m.run(1), m.four_tiles, extra=m.seen_tiles),
-    _tiny("aya-vision", "Aya Vision", m.aya, m.run(4), m.whole(32)),
+    _tiny("llava", "LLaVA-1.5", lambda: m.llava(m.text(hf.LlamaConfig), m.clip()), p.run(9), p.whole(24)),
+    _tiny("llava-siglip", "LLaVA (SigLIP, Qwen2)", m.llava_siglip, p.run(9), p.whole(24)),
+    _tiny("llava-next", "LLaVA-NeXT", m.llava_next, p.tile_span, p.tiles),
+    _tiny("llava-onevision", "LLaVA-OneVision", m.llava_onevision, p.tile_span, p.tiles),
+    _tiny("qwen2-vl", "Qwen2-VL", m.qwen2_vl, p.grid_span, p.grid, **_TYPED),
+    _tiny("qwen2.5-vl", "Qwen2.5-VL", m.qwen2_5_vl, p.grid_span, p.grid, **_TYPED),
+    _tiny("qwen3-vl", "Qwen3-VL", m.qwen3_vl, p.grid_span, p.grid, **_TYPED),
+    _tiny("glm-4v", "GLM-4.1V", m.glm4v, p.grid_span, p.grid, **_TYPED),
+    _tiny("internvl", "InternVL", m.internvl, p.run(4), p.whole(32)),
+    _tiny("idefics2", "Idefics2", m.idefics2, p.run(4), p.by_prompt(24)),
+    _tiny("idefics3", "Idefics3", m.idefics3, p.run(4), p.by_prompt(32)),
+    _tiny("smolvlm", "SmolVLM", m.smolvlm, p.two_tiles, p.two_per_picture),
+    _tiny("paligemma", "PaliGemma", m.paligemma, p.run(9), p.whole(24), types="token_type_ids", image_type=0, later=1),
+    _tiny("gemma3", "Gemma 3", m.gemma3, p.run(4), p.whole(32), types="token_type_ids"),
+    _tiny("mistral3", "Mistral Small 3.1", m.mistral3, p.patch_rows(16), p.padded_pixels),
+    _tiny("pixtral", "Pixtral (LLaVA)", m.pixtral_llava, p.patch_rows(8), p.padded_pixels),
+    _tiny("instructblip", "InstructBLIP", m.instructblip, p.run(4), p.questions),
+    _tiny("blip-2", "BLIP-2", m.blip_2, p.run(4), p.whole(16)),
+    _tiny("mllama", "Llama 3.2 Vision", m.mllama, p.run(1), p.four_tiles, extra=p.seen_tiles),
+    _tiny("aya-vision", "Aya Vision", m.aya, p.run(4), p.whole(32)),
 ])  # fmt: skip

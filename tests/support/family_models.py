@@ -1,23 +1,14 @@
-"""Tiny random models made from configurations, one per family, and their pictures in model-input form."""
+"""Tiny random models made from configurations, one per family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor
+from support.family_pictures import END_ID, IMAGE_ID, START_ID, VIDEO_ID, VOCABULARY
 
-VOCABULARY = 100
-IMAGE_ID, VIDEO_ID, START_ID, END_ID, BREAK_ID = 99, 98, 97, 96, 95
 HIDDEN, HEADS, LAYERS = 32, 4, 4
-
-Inputs = dict[str, Tensor]
-
-
-def pixels(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def finish(model: Any, gain: float = 1.2) -> Any:
@@ -46,66 +37,22 @@ def text(cls: Any, **more: Any) -> Any:
     return cls(**{**common, **more})
 
 
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 _PACKED = {
     "depth": 3, "num_heads": 4, "in_channels": 3, "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2,
 }  # fmt: skip
 
 
 def clip() -> Any:
-    return hf.CLIPVisionConfig(**_TOWER, image_size=24, patch_size=8, projection_dim=32)
+    return hf.CLIPVisionConfig(**TOWER, image_size=24, patch_size=8, projection_dim=32)
 
 
 def siglip(size: int = 24) -> Any:
-    return hf.SiglipVisionConfig(**_TOWER, image_size=size, patch_size=8, vision_use_head=False)
+    return hf.SiglipVisionConfig(**TOWER, image_size=size, patch_size=8, vision_use_head=False)
 
 
 def pixtral() -> Any:
-    return hf.PixtralVisionConfig(**_TOWER, image_size=64, patch_size=8)
-
-
-def run(count: int) -> Callable[[int], list[int]]:
-    return lambda number: [IMAGE_ID] * count
-
-
-def flat(numbers: list[list[int]]) -> list[int]:
-    return [n for row in numbers for n in row]
-
-
-def whole(size: int) -> Callable[[list[list[int]]], Inputs]:
-    """Square pictures stacked."""
-    return lambda rows: {"pixel_values": torch.cat([pixels(1, 3, size, size, seed=n) for n in flat(rows)])}
-
-
-def by_prompt(size: int) -> Callable[[list[list[int]]], Inputs]:
-    """[prompts, pictures, 3, size, size], filled up with black pictures."""
-
-    def pictures(rows: list[list[int]]) -> Inputs:
-        out = torch.zeros(len(rows), max(map(len, rows)), 3, size, size)
-        for i, row in enumerate(rows):
-            for j, n in enumerate(row):
-                out[i, j] = pixels(3, size, size, seed=n)
-        return {"pixel_values": out}
-
-    return pictures
-
-
-# Sizes of pictures 0, 1, 2, … in pixels (height, width), where a family takes any size.
-_SIZES = ((32, 48), (32, 32), (16, 48))
-
-
-def size(number: int) -> tuple[int, int]:
-    return _SIZES[number % len(_SIZES)]
-
-
-def padded_pixels(rows: list[list[int]]) -> Inputs:
-    """Pictures of their own sizes in one zero-padded stack, with image_sizes."""
-    numbers = flat(rows)
-    sizes = [size(n) for n in numbers]
-    out = torch.zeros(len(numbers), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
-    for i, (n, (h, w)) in enumerate(zip(numbers, sizes, strict=True)):
-        out[i, :, :h, :w] = pixels(3, h, w, seed=n)
-    return {"pixel_values": out, "image_sizes": torch.tensor(sizes)}
+    return hf.PixtralVisionConfig(**TOWER, image_size=64, patch_size=8)
 
 
 def llava(words: Any, vision: Any, **more: Any) -> Any:
@@ -136,34 +83,6 @@ def anyres(cls: Any, config: Any, vision: Any, **more: Any) -> Any:
     return finish(cls(config(
         text_config=words, vision_config=vision, image_token_index=IMAGE_ID, image_grid_pinpoints=[[24, 48], [48, 24]],
         **more)))  # fmt: skip
-
-
-def tiles(rows: list[list[int]]) -> Inputs:
-    """An overview and two tiles per picture; even pictures lie, odd ones stand."""
-    numbers = flat(rows)
-    sizes = torch.tensor([[24, 48] if n % 2 == 0 else [48, 24] for n in numbers])
-    return {"pixel_values": torch.stack([pixels(3, 3, 24, 24, seed=n) for n in numbers]), "image_sizes": sizes}
-
-
-def tile_span(number: int) -> list[int]:
-    """9 tokens of the overview, then rows of patches that each end in a newline slot (an image token too)."""
-    high, wide = (3, 6) if number % 2 == 0 else (6, 3)
-    return [IMAGE_ID] * (9 + high * (wide + 1))
-
-
-# Patch grids (time, height, width) of pictures 0, 1, …; four patches make one token.
-_GRIDS = ((1, 4, 6), (1, 8, 4), (1, 4, 4))
-
-
-def grid(rows: list[list[int]]) -> Inputs:
-    grids = torch.tensor([_GRIDS[n % len(_GRIDS)] for n in flat(rows)])
-    parts = [pixels(int(grid.prod()), 3 * 2 * 8 * 8, seed=n) for n, grid in zip(flat(rows), grids, strict=True)]
-    return {"pixel_values": torch.cat(parts), "image_grid_thw": grids}
-
-
-def grid_span(number: int) -> list[int]:
-    t, h, w = _GRIDS[number % len(_GRIDS)]
-    return [START_ID, *[IMAGE_ID] * (t * h * w // 4), END_ID]
 
 
 def qwen(cls: Any, config: Any, vision: dict[str, Any], hidden: int = HIDDEN, **rope: Any) -> Any:
@@ -204,7 +123,7 @@ def glm4v() -> Any:
 
 
 def internvl() -> Any:
-    vision = hf.InternVLVisionConfig(**_TOWER, image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=1.0)
+    vision = hf.InternVLVisionConfig(**TOWER, image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=1.0)
     return finish(hf.InternVLForConditionalGeneration(hf.InternVLConfig(
         text_config=text(hf.Qwen2Config), vision_config=vision, image_token_id=IMAGE_ID)))  # fmt: skip
 
@@ -212,7 +131,7 @@ def internvl() -> Any:
 def idefics2() -> Any:
     perceiver = {"hidden_size": HIDDEN, "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
                  "resampler_head_dim": 8, "num_key_value_heads": 2}  # fmt: skip
-    vision = hf.models.idefics2.Idefics2VisionConfig(**_TOWER, image_size=24, patch_size=8)
+    vision = hf.models.idefics2.Idefics2VisionConfig(**TOWER, image_size=24, patch_size=8)
     return finish(hf.Idefics2ForConditionalGeneration(hf.Idefics2Config(
         text_config=text(hf.MistralConfig, sliding_window=None), vision_config=vision, perceiver_config=perceiver,
         image_token_id=IMAGE_ID)))  # fmt: skip
@@ -228,17 +147,8 @@ def smolvlm() -> Any:
 
 def _idefics3(cls: Any, config: Any, kind: Any) -> Any:
     return finish(cls(config(
-        text_config=text(hf.LlamaConfig), vision_config=kind(**_TOWER, image_size=32, patch_size=8),
+        text_config=text(hf.LlamaConfig), vision_config=kind(**TOWER, image_size=32, patch_size=8),
         image_token_id=IMAGE_ID, scale_factor=2)))  # fmt: skip
-
-
-def two_tiles(number: int) -> list[int]:
-    """Two tiles of four tokens, each after a marker that is text."""
-    return [BREAK_ID, *[IMAGE_ID] * 4, BREAK_ID, *[IMAGE_ID] * 4]
-
-
-def two_per_picture(rows: list[list[int]]) -> Inputs:
-    return by_prompt(32)([[tile for n in row for tile in (2 * n, 2 * n + 1)] for row in rows])
 
 
 def paligemma() -> Any:
@@ -264,16 +174,6 @@ def mistral3() -> Any:
         image_token_index=IMAGE_ID)))  # fmt: skip
 
 
-def patch_rows(side: int) -> Callable[[int], list[int]]:
-    """A break after each row of patches, which is text."""
-
-    def span(number: int) -> list[int]:
-        high, wide = (pixel // side for pixel in size(number))
-        return ([IMAGE_ID] * wide + [BREAK_ID]) * high
-
-    return span
-
-
 def aya() -> Any:
     words = text(hf.Cohere2Config, sliding_window=8)
     return finish(hf.AyaVisionForConditionalGeneration(hf.AyaVisionConfig(
@@ -282,8 +182,8 @@ def aya() -> Any:
 
 def instructblip() -> Any:
     return finish(hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(
-        text_config=text(hf.LlamaConfig), vision_config=hf.InstructBlipVisionConfig(**_TOWER, **_BLIP_PICTURE),
-        qformer_config=hf.InstructBlipQFormerConfig(**_QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
+        text_config=text(hf.LlamaConfig), vision_config=hf.InstructBlipVisionConfig(**TOWER, **BLIP_PICTURE),
+        qformer_config=hf.InstructBlipQFormerConfig(**QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
     )))  # fmt: skip
 
 
@@ -293,22 +193,16 @@ def blip_2() -> Any:
         max_position_embeddings=256, word_embed_proj_dim=HIDDEN, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return finish(hf.Blip2ForConditionalGeneration(hf.Blip2Config(
-        text_config=words, vision_config=hf.Blip2VisionConfig(**_TOWER, **_BLIP_PICTURE),
-        qformer_config=hf.Blip2QFormerConfig(**_QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
+        text_config=words, vision_config=hf.Blip2VisionConfig(**TOWER, **BLIP_PICTURE),
+        qformer_config=hf.Blip2QFormerConfig(**QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
     )))  # fmt: skip
 
 
-_BLIP_PICTURE = {"image_size": 16, "patch_size": 8}
-_QFORMER = {
+BLIP_PICTURE = {"image_size": 16, "patch_size": 8}
+QFORMER = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 48, "max_position_embeddings": 64, "cross_attention_frequency": 2, "encoder_hidden_size": 32,
 }  # fmt: skip
-
-
-def questions(rows: list[list[int]]) -> Inputs:
-    """Pictures, and the question that InstructBLIP gives its Q-Former."""
-    ids = torch.stack([(pixels(5, seed=n) * 7).long().abs() + 5 for n in flat(rows)])
-    return {**whole(16)(rows), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
 
 
 def mllama() -> Any:
@@ -330,59 +224,3 @@ def mllama() -> Any:
             if name.endswith("gate"):
                 weight.fill_(0.8)
     return model
-
-
-def four_tiles(rows: list[list[int]]) -> Inputs:
-    """Pictures of up to four tiles: even ones are two tiles wide, odd ones have one tile."""
-    ids = torch.tensor([[2 if n % 2 == 0 else 1 for n in row] for row in rows])
-    mask = torch.tensor([[[1, int(n % 2 == 0), 0, 0] for n in row] for row in rows])
-    values = torch.stack([torch.stack([pixels(4, 3, 16, 16, seed=n) for n in row]) for row in rows])
-    return {
-        "pixel_values": values * mask[..., None, None, None], "aspect_ratio_ids": ids, "aspect_ratio_mask": mask,
-    }  # fmt: skip
-
-
-def seen_tiles(inputs: Inputs) -> Inputs:
-    """cross_attention_mask: tokens from a picture's placeholder on see its tiles."""
-    after = (inputs["input_ids"] == IMAGE_ID).cumsum(-1) > 0
-    mask = after[:, :, None, None] & inputs["aspect_ratio_mask"].bool()[:, None]
-    return {"cross_attention_mask": mask.long()}
-
-
-# Models that cannot be served, each for a fact of its own.
-
-
-def got_ocr() -> Any:
-    """A vision tower (SAM's) whose attention adds relative positions outside the AttentionInterface."""
-    vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48,
-              "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1]}  # fmt: skip
-    return hf.GotOcr2ForConditionalGeneration(hf.GotOcr2Config(
-        text_config=text(hf.Qwen2Config), vision_config=vision, image_token_index=IMAGE_ID)).eval()  # fmt: skip
-
-
-def _blip_2_t5() -> Any:
-    words = hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(
-        text_config=words, vision_config=hf.Blip2VisionConfig(**_TOWER, **_BLIP_PICTURE),
-        qformer_config=hf.Blip2QFormerConfig(**_QFORMER), num_query_tokens=4, image_token_index=IMAGE_ID,
-    ))  # fmt: skip
-
-
-def _git() -> Any:
-    vision = {**_TOWER, "image_size": 16, "patch_size": 8}
-    return hf.GitForCausalLM(hf.GitConfig(
-        vocab_size=VOCABULARY, vision_config=vision, bos_token_id=1, eos_token_id=2, **_TOWER))  # fmt: skip
-
-
-def _blip() -> Any:
-    words = {"vocab_size": VOCABULARY, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, **_TOWER}
-    return hf.BlipForConditionalGeneration(hf.BlipConfig(
-        text_config=words, vision_config={**_TOWER, "image_size": 16, "patch_size": 8}))  # fmt: skip
-
-
-REFUSED: dict[str, Callable[[], Any]] = {
-    "BLIP-2 and InstructBLIP with T5": _blip_2_t5,
-    "GIT": _git,
-    "BLIP": _blip,
-    "text-only models": lambda: hf.LlamaForCausalLM(text(hf.LlamaConfig)),
-}
