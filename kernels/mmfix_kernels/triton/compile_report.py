@@ -68,7 +68,7 @@ class Variant:
 
 
 def variants(scope: str = "table") -> Iterator[Variant]:
-    """What is compiled: ``quick`` a few, ``table`` those of the committed table, ``all`` every phase with every edit."""
+    """What is compiled: a few (``quick``), the committed ``table``, or ``all`` phases with all edits and widths."""
     if scope == "quick":
         yield from (Variant("prefill", "mass move"), Variant("decode", "mass move"), Variant("prefill", "random map"))
         return
