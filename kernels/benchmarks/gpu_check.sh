@@ -29,26 +29,33 @@ cat "$out/machine.txt"
 step "kernel tests"
 cases=tests/kernels/triton
 tests=("$cases"/{device,map,prefix,statistics,refusal,other,model}_cases.py)
-options=()
+shards=10  # compiling is most of the time: every process takes a share of the cases
 if [ -n "$dry" ]; then
   tests=("$cases/other_cases.py" "$cases/prefix_cases.py::test_the_prefix_is_read_once_for_its_branches")
+  shards=2
   export TRITON_INTERPRET=1
 fi
-spread=(-p no:xdist)  # compiling is most of the time: spread it over processes where pytest can
-[ -z "$dry" ] && "$python" -c 'import xdist' 2> /dev/null && spread=(-n 8)
-if ! MMFIX_BACKEND=triton timeout 220 "$python" -m pytest -q -p no:cacheprovider "${spread[@]}" "${options[@]}" \
-    --rootdir "$cases" "${tests[@]}" > "$out/tests.txt" 2>&1; then
-  tail -40 "$out/tests.txt"
+running=()
+for ((n = 0; n < shards; n++)); do
+  MMFIX_SHARD="$n/$shards" MMFIX_BACKEND=triton timeout 210 "$python" -m pytest -q -p no:cacheprovider -p no:xdist \
+    --rootdir "$cases" "${tests[@]}" > "$out/tests-$n.txt" 2>&1 &
+  running+=($!)
+done
+red=
+for ((n = 0; n < shards; n++)); do
+  wait "${running[$n]}" || { red=1; tail -40 "$out/tests-$n.txt"; }
+done
+if [ -n "$red" ]; then
   echo "the kernel tests are red: nothing is measured" >&2
   exit 1
 fi
-tail -1 "$out/tests.txt"
+tail -q -n 1 "$out"/tests-*.txt
 unset TRITON_INTERPRET
 
 step "kernel benchmarks"
 options=(--budget 0.12)
 [ -n "$dry" ] && options=(--device cpu --quick --budget 0.01)
-timeout 170 "$python" -m mmfix_kernels.bench --out "$out" --tests-passed "${options[@]}" > "$out/bench.txt" 2>&1
+timeout 160 "$python" -m mmfix_kernels.bench --out "$out" --tests-passed "${options[@]}" > "$out/bench.txt" 2>&1
 measured=$?
 tail -5 "$out/bench.txt"
 

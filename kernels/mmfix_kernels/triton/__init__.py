@@ -51,6 +51,8 @@ def why_not(call: AttentionCall) -> str:
         return "compute capability below 8.0"
     if call.softcap is not None:
         return "the kernel has no soft cap on scores"
+    if call.prefix_key is not None and call.prefix_key.dtype != query.dtype:
+        return f"dtypes {query.dtype} and, of the shared prefix, {call.prefix_key.dtype}"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: one of float16, bfloat16, float32 for all three"
     if max(query.shape[3], value.shape[3]) > MAX_WIDTH:

@@ -67,26 +67,35 @@ class Variant:
         return f"{self.phase}, {self.edits}{' + masses' if self.masses else ''}, D {self.width}, {self.dtype}"
 
 
-def variants(quick: bool = False) -> Iterator[Variant]:
-    """The committed table, or (`quick`) the default configurations only."""
-    if quick:
+def variants(scope: str = "table") -> Iterator[Variant]:
+    """What is compiled: a few (``quick``), the committed ``table``, or ``all`` phases with all edits and widths."""
+    if scope == "quick":
         yield from (Variant("prefill", "mass move"), Variant("decode", "mass move"), Variant("prefill", "random map"))
         return
-    for phase in ("prefill", "masked prefill", "decode"):
-        for edits in EDITS:
-            if edits != "shuffled map" and not (phase == "masked prefill" and "map" in edits):
-                yield Variant(phase, edits)
+    few = ("plain", "mass move", "random map")
+    for edits in EDITS:
+        if edits != "shuffled map":
+            yield Variant("prefill", edits)
+    for edits in EDITS if scope == "all" else ("plain", "mass move", "reversed map"):
+        if edits != "shuffled map":
+            yield Variant("masked prefill", edits)
     yield Variant("bidirectional", "shuffled map")
-    yield Variant("masked prefill", "reversed map")
-    for edits in ("plain", "mass move", "random map"):
+    for edits in EDITS if scope == "all" else few:
+        if edits != "shuffled map":
+            yield Variant("decode", edits)
+    for edits in few if scope == "all" else ("mass move",):
         yield Variant("shared prefix", edits)
-    for phase in ("prefill", "decode"):
-        yield Variant(phase, "mass move", masses=True)
-        for width in (32, 64, 80, 96, 256) if phase == "prefill" else (64, 256):
-            yield Variant(phase, "mass move", width)
-        yield Variant(phase, "mass move", dtype="fp16")
-        yield Variant(phase, "mass move", dtype="fp32")
-    yield Variant("prefill", "plain", 256)
+    yield Variant("prefill", "mass move", masses=True)
+    yield Variant("prefill", "mass move", dtype="fp32")
+    for width in (32, 64, 80, 96, 256) if scope == "all" else (64, 256):
+        yield Variant("prefill", "mass move", width)
+    if scope == "all":
+        yield Variant("decode", "mass move", masses=True)
+        for phase in ("prefill", "decode"):
+            yield Variant(phase, "plain", 256)
+            yield Variant(phase, "mass move", dtype="fp16")
+        for width in (32, 64, 80, 96, 256):
+            yield Variant("decode", "mass move", width)
 
 
 def call_of(variant: Variant) -> AttentionCall:
@@ -245,10 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, write the table, and fail when a variant of width 128 spills or a CUDA target does not compile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for compile.md; without it the table is printed")
-    parser.add_argument("--quick", action="store_true", help="the default configurations only")
+    parser.add_argument("--scope", choices=("quick", "table", "all"), default="table", help="how many variants")
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="sm_80 sm_90 sm_100 gfx942")
     args = parser.parse_args(argv)
-    rows = [row for v in variants(args.quick) for target in args.targets for row in compile_variant(v, target)]
+    rows = [row for v in variants(args.scope) for target in args.targets for row in compile_variant(v, target)]
     text = table(rows)
     if args.out is None:
         print(text)
