@@ -135,11 +135,12 @@ class LabTab:
 
 
 def board(folders: list[Path]) -> None:
-    found = leaderboard.runs(folders)
-    if not found:
+    loaded, refused = leaderboard.readable(folders)
+    for problem in refused:
+        html(error(problem))
+    if not loaded:
         html('<p class="mm-note">No run found. Make one with <code>mmfix eval run</code> and give its folder.</p>')
         return
-    loaded = {name: leaderboard.load(path) for name, path in found.items()}
     start = next(iter(loaded))
     names = leaderboard.metrics(loaded[start])
     key = next((value for _, value in names if value.endswith("/chair_i")), names[0][1])
