@@ -45,7 +45,7 @@ def browser(**options: Any) -> Iterator[Any]:
             found.close()
 
 
-def compare(page: Any, index: int | None = None, timeout: float = 60_000) -> None:
+def compare(page: Any, index: int | None = None, timeout: float = 120_000) -> None:
     """Choose a picture of the gallery, press Compare, wait for both answers."""
     if index is not None:
         page.locator("#gallery .thumb").nth(index).click()

@@ -47,18 +47,19 @@ def launch(
     Raises:
         MmfixError: the model cannot be served.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mmfix-app-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    private(folder)  # before gradio is imported
-    import gradio as gr
-
-    from mmfix_app import ui
     from mmfix_app.limits import Limits
     from mmfix_app.service import Service
     from mmfix_decoding import Decoder
 
     limits = Limits()
     service = Service(Decoder.from_pretrained(model, device=device, dtype=dtype), limits)
+    folder = Path(tempfile.mkdtemp(prefix="mmfix-app-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    private(folder)  # before gradio is imported
+    import gradio as gr
+
+    from mmfix_app import ui, widgets
+
     demo = ui.build(service, model, runs or [], mcp=mcp)
     demo.queue(max_size=limits.waiting, default_concurrency_limit=1, status_update_rate="auto")
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
@@ -67,7 +68,7 @@ def launch(
         server_name=host, server_port=port, share=share, mcp_server=mcp, max_file_size=limits.upload_bytes,
         max_threads=16, ssr_mode=False, enable_monitoring=False, strict_cors=True, show_error=True, quiet=quiet,
         footer_links=["api"], run_history=False, prevent_thread_lock=not block, inbrowser=False, theme=theme,
-        css=(ui.ASSETS / "app.css").read_text(encoding="utf-8"),
+        css=(widgets.ASSETS / "app.css").read_text(encoding="utf-8"),
     )  # fmt: skip
     return demo, address
 

@@ -15,6 +15,7 @@ from mmfix_evals.tables import fired, formatter, interval, p_value
 _PACKAGE = Path(mmfix_evals.__file__).parent
 RECORDS = (_PACKAGE / "records", _PACKAGE.parent / "records")
 """Where the committed records are: inside an installed package, or beside it in a checkout."""
+_PARTS = ("metrics", "speed", "config", "tasks", "machine", "bootstrap")
 
 
 def runs(folders: list[Path]) -> dict[str, Path]:
@@ -31,6 +32,10 @@ def metrics(run: dict[str, Any]) -> list[tuple[str, str]]:
     """(label, key) of everything that was measured; headline metrics first."""
     found: dict[tuple[bool, str, str, str], None] = {}
     for entry in run["metrics"]:
+        if entry["task"] not in tasks.names() or entry["metric"] not in {
+            m.name for m in tasks.get(entry["task"]).metrics
+        }:
+            continue  # of another version
         known = tasks.get(entry["task"]).metric(entry["metric"])
         found[not known.headline, entry["task"], entry["metric"], entry["split"]] = None
     order = sorted(found, key=lambda key: key[0])
@@ -41,12 +46,28 @@ def load(path: Path) -> dict[str, Any]:
     """One run's results.
 
     Raises:
-        EvalError: unreadable, or of another schema.
+        EvalError: unreadable, of another schema, or the record of something else than a run.
     """
     try:
-        return results.read(path)
+        found = results.read(path)
     except OSError as error:
         raise EvalError(f"{path.name}: {error.strerror}") from error
+    missing = [part for part in _PARTS if not found.get(part)]
+    if missing or not metrics(found):
+        raise EvalError(f"{path.name}: no {', '.join(missing) or 'known metric'}; it is not a run of `mmfix eval run`")
+    return found
+
+
+def readable(folders: list[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Name → results of every run that can be shown, and why the visitor's other folders cannot."""
+    found, refused = {}, []
+    for name, path in runs(folders).items():
+        try:
+            found[name] = load(path)
+        except EvalError as error:
+            if not any(place in path.parents for place in RECORDS):  # records of other measurements lie there too
+                refused.append(str(error))
+    return found, refused
 
 
 def render(run: dict[str, Any], key: str) -> str:

@@ -22,6 +22,7 @@ from mmfix.errors import MethodError, UsageError
 from mmfix_app import charts, code, controls, gallery, heads, lab, leaderboard, objects, stage
 from mmfix_app.service import Decoding, Run, Service
 from mmfix_decoding.grids import PatchGrid, patch_grids, raster
+from mmfix_evals.errors import DataError
 
 SCENE = gallery.pictures()[3]
 PROMPT = "Please describe this image in detail."
@@ -295,8 +296,13 @@ def test_run_folders_are_added_and_broken_ones_are_refused(tmp_path: Path) -> No
     (tmp_path / "mine" / "results.json").write_text("{}")
     found = leaderboard.runs([tmp_path])
     assert found["mine"] == tmp_path / "mine"
-    with pytest.raises(Exception, match="schema version"):
+    with pytest.raises(DataError, match="schema version"):
         leaderboard.load(found["mine"])
+    (tmp_path / "mine" / "results.json").write_text('{"schema_version": 1, "seconds": 3}')
+    shown, refused = leaderboard.readable([tmp_path])
+    assert "tinyworld" in shown
+    assert "mine" not in shown
+    assert [line for line in refused if line.startswith("mine: no metrics")]
 
 
 def test_axes_are_never_empty() -> None:

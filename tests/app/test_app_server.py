@@ -15,7 +15,7 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from mmfix_app import cli, gallery
+from mmfix_app import cli, gallery, ui
 from mmfix_app.service import Decoding, Service
 
 SCENE = gallery.pictures()[3]
@@ -106,6 +106,18 @@ def test_the_page_asks_nobody_else(served: tuple[Any, str]) -> None:
     config = json.loads(urllib.request.urlopen(f"{address}config").read())
     assert config["stylesheets"] == []
     assert not config.get("is_space")
+
+
+def test_files_are_private_and_removed(served: tuple[Any, str]) -> None:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.stat().st_mode & 0o077 == 0
+    assert served[0].delete_cache == (60, 600)
+    assert {p.parent.name for p in folder.rglob("*.png")} >= {"gallery"}
+
+
+def test_an_mcp_server_offers_describe_image_alone(service: Service) -> None:
+    demo = ui.build(service, "tiny", [], mcp=True)
+    assert [f.api_name for f in demo.fns.values() if f.api_visibility == "public"] == ["describe_image"]
 
 
 def test_the_defaults_of_the_command_are_private() -> None:
