@@ -39,6 +39,8 @@ def ask(
 ) -> tuple[list[Sample], dict[str, Any] | None]:
     """Sample lines of one batch and the engine's report of it. Raises whatever the model raises."""
     answers, seconds = generate(decoder, plan, documents)
+    if len(answers) != len(documents) or not all(isinstance(answer.text, str) for answer in answers):
+        raise RuntimeError(f"the decoder gave {len(answers)} answers to {len(documents)} prompts, or one without text")
     share = 1.0 / len(documents)
     lines = [
         {

@@ -133,6 +133,13 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete temporary files that a killed :func:`write_text_atomic` of `path` left; only for its one writer."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def cache_dir() -> Path:
     """The user's cache folder of mmfix: `$XDG_CACHE_HOME/mmfix`, else `~/.cache/mmfix`."""
     base = os.environ.get("XDG_CACHE_HOME")

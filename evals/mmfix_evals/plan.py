@@ -7,17 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from mmfix_evals.arms import Arm
+from mmfix_evals.batching import AUTO
 from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
 from mmfix_evals.samples import digest, sample_key
+from mmfix_evals.shards import Shard, cut
 from mmfix_evals.stats import RESAMPLES
 from mmfix_evals.tasks import Document, Task
 from mmfix_evals.tasks import get as get_task
 
+ENGINES = ("local", "ray")
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The options of ``mmfix eval run``. ``limit`` counts pictures per task, not questions."""
+    """The options of ``mmfix eval run``.
+
+    Attributes:
+        limit: pictures per task, not questions.
+        out: run folder; a shard writes into a folder of its own below it.
+        batch_size: prompts per batch, or ``"auto"``.
+        device_map: as in ``from_pretrained`` of transformers, for a model larger than one device.
+        engine, workers: ``"ray"`` and the number of its actors; 0: one per device.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -25,7 +37,7 @@ class RunConfig:
     out: Path
     split: str = "test"
     limit: int = 200
-    batch_size: int = 16
+    batch_size: int | str = 16
     seed: int = 0
     world_seed: int = 0
     device: str = "auto"
@@ -36,13 +48,28 @@ class RunConfig:
     parser: str | None = None
     resamples: int = RESAMPLES
     max_errors: int = 0
+    device_map: str | dict[str, Any] | None = None
+    shard: Shard = field(default_factory=Shard)
+    engine: str = "local"
+    workers: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where this process writes."""
+        return self.shard.folder(self.out)
 
     def check(self) -> None:
         """Refuse what cannot be meant, before a model is loaded."""
         for name in ("limit", "batch_size", "resamples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 1 or more")
-        for name in ("seed", "world_seed", "max_errors"):
+            given = getattr(self, name)
+            if (name, given) != ("batch_size", AUTO) and (isinstance(given, str) or given < 1):
+                more = ", or auto" if name == "batch_size" else ""
+                raise UsageError(f"--{name.replace('_', '-')} {given}: give a number of 1 or more{more}")
+        if self.engine not in ENGINES:
+            raise UsageError(unknown("engine", self.engine, ENGINES))
+        if self.device_map is not None and self.device != "auto":
+            raise UsageError(f"--device {self.device} and --device-map say two things: give one of them")
+        for name in ("seed", "world_seed", "max_errors", "workers"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 0 or more")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -77,6 +104,13 @@ class TaskPlan:
     protocol: str
     model: dict[str, Any]
     seed: int
+
+    def part(self, shard: Shard, batch_size: int | str) -> list[Document]:
+        """The documents of one shard: whole batches, or single documents where every worker finds a size by itself."""
+        if shard.is_whole:
+            return self.documents
+        batches = cut(self.documents, 1 if isinstance(batch_size, str) else batch_size)
+        return [document for batch in shard.part(batches) for document in batch]
 
     def keys(self, arm: Arm) -> dict[str, Document]:
         """Key → document, in the order of asking."""

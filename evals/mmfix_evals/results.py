@@ -16,6 +16,7 @@ from mmfix_evals.scoring import Answers, Settings, difference_entries, holm, met
 from mmfix_evals.speed import speed_entries
 
 NAME = "results.json"
+REPORTS = "reports.json"
 SCHEMA_VERSION = 1
 Results = dict[str, Any]
 
@@ -52,6 +53,46 @@ def merge(scores: Sequence[Scores]) -> dict[str, Any]:
         "comparisons": [entry for one in scores for entry in one.comparisons],
         "speed": [entry for one in scores for entry in one.speed],
     }
+
+
+TIMES = ("seconds", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+RELATIVE_TIMES = ("relative_speed", "relative_speed_low", "relative_speed_high")
+
+
+def without_times(found: Results) -> Results:
+    """Results less everything that the clock decides: what two runs of one command have in common to the last digit."""
+    timed = {*TIMES, *RELATIVE_TIMES}
+    speed = [{name: value for name, value in entry.items() if name not in timed} for entry in found["speed"]]
+    return {**{name: value for name, value in found.items() if name != "timing"}, "speed": speed}
+
+
+def errors(listed: Iterable[samples.Sample], head: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents without an answer, in the order of tasks, methods and ids."""
+    place = {name: i for i, name in enumerate(head["tasks"])}
+    order = {arm["name"]: i for i, arm in enumerate(head["methods"])}
+    failed = [s for s in listed if s.get("error") is not None and s["task"] in place and s["method"] in order]
+    failed.sort(key=lambda s: (place[s["task"]], order[s["method"]], s["split"], _natural(s["doc_id"])))
+    return [{name: s[name] for name in ("task", "split", "doc_id", "image", "method", "error")} for s in failed]
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts ``random/9`` before ``random/10``."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", text)]
+
+
+def write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
+    """The engine's last report of each task and method (backends, masses); only of what this process answered."""
+    if reports:
+        files.write_text_atomic(folder / REPORTS, json.dumps(reports, indent=1, ensure_ascii=False) + "\n")
+
+
+def batch_sizes(folder: Path) -> dict[str, int]:
+    """The batch sizes that ``auto`` found when this folder was begun."""
+    try:
+        found = read(folder)["timing"]["batch_sizes"]
+        return {str(name): int(size) for name, size in found.items() if int(size) > 0}
+    except (DataError, KeyError, TypeError, ValueError, AttributeError):
+        return {}  # none yet, or not by this version: they are found anew
 
 
 def write(folder: Path, results: Results) -> None:

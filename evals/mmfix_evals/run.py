@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmfix_evals import machine, results
+from mmfix_evals import batching, machine, results
 from mmfix_evals.arms import BASELINE, Arm, resolve
-from mmfix_evals.ask import ask, failed, warm_up
 from mmfix_evals.errors import EvalError
-from mmfix_evals.fingerprint import fingerprint
+from mmfix_evals.files import remove_leftovers
 from mmfix_evals.plan import RunConfig, TaskPlan, plan
+from mmfix_evals.pool import Job, Load, Loaded, LocalPool, Pool
+from mmfix_evals.pool import load_decoder as load_decoder
 from mmfix_evals.progress import Reporter
-from mmfix_evals.samples import Sample, SampleLog
+from mmfix_evals.samples import Sample, SampleLog, digest
 from mmfix_evals.scoring import Answers, Settings
+from mmfix_evals.shards import cut
 from mmfix_evals.tasks import Document
 
-Load = Callable[[RunConfig], Any]
+CONTROL = "plausibility"
 
 
 class TooManyErrors(EvalError):  # noqa: N818 - said as a person would
@@ -42,16 +44,24 @@ class Runner:
     """State of one run; :func:`run` is the way in."""
 
     config: RunConfig
-    arms: list[Arm]
-    decoders: dict[str, Any]
+    pool: Pool
     plans: list[TaskPlan]
     log: SampleLog
     reporter: Reporter
     head: results.Results
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    errors: list[dict[str, Any]] = field(default_factory=list)
+    batch_sizes: dict[str, int]
+    documents: dict[str, list[Document]] = field(default_factory=dict)
+    errors: int = 0
     scores: dict[str, results.Scores] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        for one in self.plans:
+            self.documents[one.task.name] = one.part(self.config.shard, self.config.batch_size)
+
+    @property
+    def arms(self) -> list[Arm]:
+        return self.pool.loaded.arms
 
     def run(self) -> results.Results:
         """Answer everything that is missing. On any way out, ``results.json`` says what there is."""
@@ -65,31 +75,39 @@ class Runner:
         except BaseException:
             self.write("interrupted", quietly=True)
             raise
+        results.write_reports(self.log.path.parent, self.pool.reports())
         return self.write("complete")
 
     def run_task(self, one: TaskPlan) -> None:
+        documents = self.documents[one.task.name]
         missing = {arm.name: self.missing(one, arm) for arm in self.arms}
-        total = len(one.documents) * len(self.arms)
+        total = len(documents) * len(self.arms)
         open_ = sum(map(len, missing.values()))
         self.reporter.start(one.task.name, total, total - open_)
         if not open_:
             return
-        size = self.config.batch_size
-        batches = [one.documents[i : i + size] for i in range(0, len(one.documents), size)]
-        for arm in self.arms:
-            if missing[arm.name]:
-                self.try_warm_up(one, arm, next(b for b in batches if any(d.doc_id in missing[arm.name] for d in b)))
-        for batch in batches:
-            for arm in self.arms:
-                wanted = {d.doc_id for d in batch} & missing[arm.name]
-                if wanted:
-                    self.run_batch(one, arm, batch, wanted)
-                    self.reporter.advance(len(wanted))
+        batches = cut(documents, self.batch_size(one, documents))
+        jobs = [Job(b, {name: {d.doc_id for d in b} & wanted for name, wanted in missing.items()}) for b in batches]
+        for name, lines in self.pool.answers(one, [job for job in jobs if any(job.wanted.values())]):
+            new = [line for line in lines if line["doc_id"] in missing[name]]  # a retried batch may come twice
+            missing[name] -= {line["doc_id"] for line in new}
+            self.record(new)
+            self.reporter.advance(len(new))
+
+    def batch_size(self, one: TaskPlan, documents: Sequence[Document]) -> int:
+        """The given size; for ``auto`` the one found when this folder was begun, else a new one."""
+        if isinstance(self.config.batch_size, int):
+            return self.config.batch_size
+        if one.task.name not in self.batch_sizes:
+            self.batch_sizes[one.task.name] = self.pool.find_batch_size(one, self.arms, documents)
+            self.reporter.say(f"{one.task.name}: batch size {self.batch_sizes[one.task.name]} found")
+            self.write("running")  # a resumed run must cut the same batches
+        return self.batch_sizes[one.task.name]
 
     def missing(self, one: TaskPlan, arm: Arm) -> set[str]:
         """Document ids without an answer. An answer found under another protocol is copied, not asked for again."""
         wanted, found = set(), []
-        for document in one.documents:
+        for document in self.documents[one.task.name]:
             sample = self.log.by_key.get(one.key(arm, document))
             if sample is None or sample.get("error") is not None:
                 wanted.add(document.doc_id)
@@ -98,59 +116,30 @@ class Runner:
         self.log.append(found)
         return wanted
 
-    def try_warm_up(self, one: TaskPlan, arm: Arm, batch: Sequence[Document]) -> None:
-        try:
-            warm_up(self.decoders[arm.name], one, batch)
-        except Exception as problem:
-            if is_fatal(problem):
-                raise
-            # The batch itself will fail in the same way and be recorded document by document.
+    def record(self, lines: Sequence[Sample]) -> None:
+        """Keep some lines; stop when too many of the run's documents have failed."""
+        self.log.append(lines)
+        for line in lines:
+            if line["error"] is not None:
+                self.errors += 1
+                if self.errors > self.config.max_errors:
+                    where = f"{line['task']} {line['doc_id']} ({line['method']})"
+                    raise TooManyErrors(
+                        f"{where}: {line['error']}. Stopped after {self.errors} failed answers (--max-errors "
+                        f"{self.config.max_errors}); finished samples are kept in {self.log.path}"
+                    )
 
-    def run_batch(self, one: TaskPlan, arm: Arm, batch: Sequence[Document], wanted: set[str]) -> None:
-        """Answer a whole batch; keep what was missing. If it fails, find out which documents are at fault."""
-        try:
-            lines = self.ask(one, arm, batch)
-        except Exception as problem:
-            if is_fatal(problem):
-                raise
-            for document in batch:
-                if document.doc_id in wanted:
-                    self.run_single(one, arm, document, problem if len(batch) == 1 else None)
-            return
-        self.log.append(line for line in lines if line["doc_id"] in wanted)
-
-    def run_single(self, one: TaskPlan, arm: Arm, document: Document, known: Exception | None) -> None:
-        """Answer one document of a failed batch; ``known`` is why it failed, where that is known already."""
-        try:
-            if known is not None:
-                raise known
-            lines = self.ask(one, arm, [document])
-        except Exception as problem:
-            if is_fatal(problem):
-                raise
-            self.record_error(failed(one, arm, document, problem))
-        else:
-            self.log.append(lines)
-
-    def ask(self, one: TaskPlan, arm: Arm, documents: Sequence[Document]) -> list[Sample]:
-        lines, report = ask(self.decoders[arm.name], one, arm, documents)
-        if report:
-            self.reports.setdefault(one.task.name, {})[arm.name] = report
-        return lines
-
-    def record_error(self, line: Sample) -> None:
-        self.log.append([line])
-        self.errors.append({name: line[name] for name in ("task", "split", "doc_id", "image", "method", "error")})
-        if len(self.errors) > self.config.max_errors:
-            where = f"{line['task']} {line['doc_id']} ({line['method']})"
-            raise TooManyErrors(
-                f"{where}: {line['error']}. Stopped after {len(self.errors)} failed answers (--max-errors "
-                f"{self.config.max_errors}); finished samples are kept in {self.log.path}"
-            )
+    def samples(self, plans: Iterable[TaskPlan]) -> dict[str, list[Sample]]:
+        """The samples of this run, and of this shard, by task."""
+        found = results.select(self.log.by_key.values(), {one.task.name: one.protocol for one in plans})
+        if self.config.shard.is_whole:
+            return found
+        mine = {name: {document.doc_id for document in listed} for name, listed in self.documents.items()}
+        return {name: [s for s in listed if s["doc_id"] in mine[name]] for name, listed in found.items()}
 
     def score(self, plans: Sequence[TaskPlan]) -> dict[str, results.Scores]:
         """Scores of the finished samples, by task."""
-        found = results.select(self.log.by_key.values(), {one.task.name: one.protocol for one in plans})
+        found = self.samples(plans)
         names = [arm.name for arm in self.arms]
         settings = Settings(self.config.resamples, self.config.seed)
         return {
@@ -158,21 +147,27 @@ class Runner:
                 Answers.collect(one.task, one.flavour, found[one.task.name], names), settings, BASELINE
             )
             for one in plans
-            if one.task.name in found
+            if found.get(one.task.name)
         }
 
     def write(self, status: str, quietly: bool = False) -> results.Results:
         """Score what is finished and write ``results.json``; ``quietly`` when another error is on its way already."""
         try:
             scores = self.scores | self.score([one for one in self.plans if one.task.name not in self.scores])
+            listed = [sample for found in self.samples(self.plans).values() for sample in found]
             found: results.Results = {
                 **self.head,
                 "status": status,
-                **results.merge(list(scores.values())),
-                "errors": self.errors,
-                "last_reports": self.reports,
+                **results.merge([scores[one.task.name] for one in self.plans if one.task.name in scores]),
+                "errors": results.errors(listed, self.head),
             }
-            found["timing"] = {**self.head["timing"], "finished": now(), "seconds": time.perf_counter() - self.started}
+            found["timing"] = {
+                **self.head["timing"],
+                "finished": now(),
+                "seconds": time.perf_counter() - self.started,
+                "batch_sizes": self.batch_sizes,
+                **self.pool.describe(),
+            }
             results.write(self.log.path.parent, found)
         except Exception:
             if not quietly:
@@ -182,7 +177,7 @@ class Runner:
 
 
 def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load | None = None) -> results.Results:
-    """Run an evaluation into ``config.out`` and return what stands in its ``results.json``.
+    """Run an evaluation into ``config.folder`` and return what stands in its ``results.json``.
 
     Args:
         config: see :class:`RunConfig`.
@@ -192,19 +187,27 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
 
     Raises:
         UsageError, mmfix.errors.MethodError: a wrong name or option, before anything is loaded.
+        MissingDependency: the engine is not installed.
         TooManyErrors: more than ``config.max_errors`` documents failed.
         Interrupted: Ctrl-C; finished samples and ``results.json`` are on disk.
         OSError: the run folder cannot be written.
     """
     config.check()
-    for text in config.methods:
-        resolve(text)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with SampleLog(config.out) as log:
+    arms = [resolve(text) for text in config.methods]
+    _remark_controls(arms, reporter)
+    start = _engine(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with SampleLog(config.folder) as log:
+        remove_leftovers(config.folder / results.NAME)
         if log.warning:
             reporter.warn(f"{log.warning}; the answer will be asked for again")
+        reporter.say(f"loading {config.model} …")
         try:
-            return _runner(config, argv, reporter, log, load or load_decoder).run()
+            pool = start(config, load or load_decoder)
+            try:
+                return _runner(config, argv, reporter, log, pool).run()
+            finally:
+                pool.close()
         except KeyboardInterrupt:
             raise Interrupted(
                 f"{len(log.by_key)} finished samples are kept in {log.path}. Run the same command again to resume"
@@ -216,36 +219,54 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
             raise
 
 
-def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: SampleLog, load: Load) -> Runner:
-    reporter.say(f"loading {config.model} …")
-    decoder = load(config)
-    arms = [resolve(text, getattr(decoder, "model", None)) for text in config.methods]
-    decoders = {arm.name: decoder.with_method(list(arm.methods) or None) for arm in arms}
-    identity = fingerprint(decoder)
-    plans = plan(config, identity)
-    expected = {key for one in plans for arm in arms for key in one.keys(arm)}
+def _engine(config: RunConfig) -> Any:
+    """The pool's class; a missing library is said before anything is made."""
+    if config.engine == "local":
+        return LocalPool
+    from mmfix_evals import ray_pool
+
+    ray_pool.require()
+    return ray_pool.RayPool
+
+
+def _remark_controls(arms: Sequence[Arm], reporter: Reporter) -> None:
+    """What a comparison lacks to be read."""
+    if all(arm.methods for arm in arms) and len(arms) > 1:
+        reporter.say(f"no differences will be reported: add {BASELINE} to --methods as the baseline")
+    names = {arm.name: {m.info.name for m in arm.methods if m.info.kind == "contrast"} for arm in arms}
+    contrast = [name for name, used in names.items() if used - {CONTROL}]
+    if contrast and not any(used == {CONTROL} for used in names.values()):
+        reporter.say(
+            f"{', '.join(contrast)}: part of what a contrast method gains comes from the plausibility cut alone; add "
+            f"{CONTROL} to --methods as the control"
+        )
+
+
+def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: SampleLog, pool: Pool) -> Runner:
+    plans = plan(config, pool.loaded.identity)
+    sizes = results.batch_sizes(config.folder) if config.batch_size == batching.AUTO else {}
+    runner = Runner(config, pool, plans, log, reporter, {}, sizes)
+    keys = {
+        one.task.name: sorted(one.key(arm, d) for arm in runner.arms for d in runner.documents[one.task.name])
+        for one in plans
+    }
+    expected = {key for listed in keys.values() for key in listed}
     stale = sum(key not in expected for key in log.by_key)
     if stale:
         reporter.warn(f"{stale} samples in {log.path} belong to another configuration and are ignored")
-    if BASELINE not in config.methods and len(config.methods) > 1:
-        reporter.say("no differences will be reported: add greedy to --methods as the baseline")
-    head = _head(config, argv, arms, plans, identity, decoder)
-    return Runner(config, arms, decoders, plans, log, reporter, head)
+    runner.head = _head(config, argv, plans, pool.loaded)
+    if not config.shard.is_whole:
+        runner.head["shard"] = {
+            "index": config.shard.index,
+            "count": config.shard.count,
+            "tasks": {name: {"n": len(listed), "keys_sha256": digest(listed)} for name, listed in keys.items()},
+        }
+        reporter.say(f"shard {config.shard}: {len(expected)} answers, into {config.folder}")
+    return runner
 
 
-def load_decoder(config: RunConfig) -> Any:
-    """The decoder of ``config.model``; imported here because it brings torch."""
-    from mmfix_decoding import Decoder
-
-    return Decoder.from_pretrained(config.model, device=config.device, dtype=config.dtype, revision=config.revision)
-
-
-def _head(
-    config: RunConfig, argv: Sequence[str], arms: list[Arm], plans: list[TaskPlan], model: dict[str, Any], decoder: Any
-) -> results.Results:
+def _head(config: RunConfig, argv: Sequence[str], plans: list[TaskPlan], loaded: Loaded) -> results.Results:
     """Everything in ``results.json`` that is known before the first answer."""
-    parameters = getattr(getattr(decoder, "model", None), "dtype", None)
-    device = str(getattr(getattr(decoder, "model", None), "device", "cpu"))
     return {
         "schema_version": results.SCHEMA_VERSION,
         "status": "running",
@@ -260,6 +281,7 @@ def _head(
             "seed": config.seed,
             "world_seed": config.world_seed,
             "device": config.device,
+            "device_map": config.device_map,
             "dtype": config.dtype,
             "max_new_tokens": config.max_new_tokens,
             "gen_kwargs": results.clean_values(config.gen_kwargs),
@@ -267,24 +289,15 @@ def _head(
             "max_errors": config.max_errors,
         },
         "bootstrap": {"resamples": config.resamples, "seed": config.seed},
-        "model": {**model, "dtype": str(parameters).removeprefix("torch."), "device": device},
-        "methods": [{"name": arm.name, "spec": list(arm.spec)} for arm in arms],
+        "model": {**loaded.identity, "dtype": loaded.dtype, "device": loaded.device},
+        "methods": [{"name": arm.name, "spec": list(arm.spec)} for arm in loaded.arms],
         "tasks": {one.task.name: one.describe() for one in plans},
         "versions": machine.versions(),
         "git": machine.git(),
-        "machine": machine.machine(device),
+        "machine": loaded.machine,
         "timing": {"started": now()},
     }
 
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def is_fatal(problem: Exception) -> bool:
-    """Whether asking other documents cannot help: the method or the model is refused, not one picture."""
-    import mmfix.errors
-
-    if isinstance(problem, mmfix.errors.ImageError):
-        return False
-    return isinstance(problem, (mmfix.errors.MmfixError, EvalError))

@@ -163,7 +163,8 @@ def test_run_and_resume_with_a_model(call: Call, model: Path, tmp_path: Path, mo
     ]
     assert len(results["model"]["sha256"]) == 64
     both = results["methods"][2]["name"]
-    assert results["last_reports"]["fake-pope"][both]["layers"]
+    reports = json.loads((out / "reports.json").read_text())
+    assert reports["fake-pope"][both]["layers"]
     considered = {e["method"]: e["fired"] for e in results["speed"] if e["task"] == "fake-chair"}
     assert considered[both].keys() == {"var", "vhr"}
     assert considered[both]["var"]["considered"] > 0

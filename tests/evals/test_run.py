@@ -288,7 +288,7 @@ def test_results_are_replaced_only_when_complete(config: RunConfig, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         results_module.write(config.out, {**before, "status": "other"})
     assert json.loads((config.out / "results.json").read_text()) == before
-    assert sorted(path.name for path in config.out.iterdir()) == ["results.json", "samples.jsonl"]
+    assert sorted(path.name for path in config.out.iterdir()) == ["reports.json", "results.json", "samples.jsonl"]
 
 
 def test_two_runs_cannot_write_one_folder(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import bench, calibrate, compare, describe, info, run, score, serve
+from mmfix_evals.cli import bench, calibrate, compare, describe, info, merge, run, score, serve
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ evaluate = typer.Typer(
 app.add_typer(evaluate, name="eval")
 
 evaluate.command("run", epilog=run.EXAMPLE)(run.run_command)
+evaluate.command("merge", epilog=merge.EXAMPLE)(merge.merge_command)
 evaluate.add_typer(score.app, name="score")
 evaluate.command("compare", epilog=compare.COMPARE_EXAMPLE)(compare.compare_command)
 evaluate.command("report", epilog=compare.REPORT_EXAMPLE)(compare.report_command)

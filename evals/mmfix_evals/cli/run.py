@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mmfix_evals.errors import UsageError
 from mmfix_evals.stats import RESAMPLES
 
 EXAMPLE = (
@@ -40,10 +42,21 @@ def run_command(
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Repeating a command in the same folder resumes it.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Prompts per batch.")] = 16,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            "--batch_size",
+            help="Prompts per batch, or auto: as many as fit. Halved when memory runs out; no answer depends on it.",
+        ),
+    ] = "16",
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")] = 0,
     world_seed: Annotated[int, typer.Option(help="Another value draws other TinyWorld pictures.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option("--device-map", help="auto, balanced, …: spread a model over several devices (needs accelerate)."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     max_new_tokens: Annotated[
@@ -58,6 +71,15 @@ def run_command(
     parser: Annotated[str | None, typer.Option(help="POPE parser of the reported scores; all are recorded.")] = None,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = RESAMPLES,
     max_errors: Annotated[int, typer.Option(help="Failed answers to tolerate before stopping.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: answer part i (from 0) of n, into OUT/shard-i-of-n; default: RANK and WORLD_SIZE as set by "
+            "torchrun and accelerate launch. Join the parts with `mmfix eval merge OUT --out OUT`."
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: an actor per device with a common queue.")] = "local",
+    workers: Annotated[int, typer.Option(help="Actors of --engine ray; 0: one per GPU, or one without GPUs.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; warnings and results only.")] = False,
 ) -> None:
     """Answer every question with every method, score the answers, and print one table.
@@ -66,11 +88,16 @@ def run_command(
     """
     from mmfix_evals import tables
     from mmfix_evals.arms import parse_arguments, split_methods
+    from mmfix_evals.batching import parse_size
     from mmfix_evals.cli.quiet import hush
     from mmfix_evals.plan import RunConfig
     from mmfix_evals.progress import Reporter
     from mmfix_evals.run import run
+    from mmfix_evals.shards import Shard
 
+    part = Shard.find(shard, os.environ)
+    if out is None and not part.is_whole:
+        raise UsageError("a shard needs --out: all of them write below one folder")
     folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     config = RunConfig(
         model=model,
@@ -79,7 +106,7 @@ def run_command(
         out=folder,
         split=split,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=parse_size(batch_size),
         seed=seed,
         world_seed=world_seed,
         device=device,
@@ -90,11 +117,19 @@ def run_command(
         parser=parser,
         resamples=resamples,
         max_errors=max_errors,
+        device_map=device_map,
+        shard=part,
+        engine=engine,
+        workers=workers,
     )
     config.check()  # before the seconds that importing torch takes
     hush(quiet)
     with Reporter(quiet) as reporter:
         results = run(config, ["mmfix", *sys.argv[1:]], reporter)
+    if not part.is_whole:
+        typer.echo(f"Shard {part} is complete: {config.folder}")
+        typer.echo(f"When all {part.count} are: mmfix eval merge {folder} --out {folder}")
+        return
     tables.print_results(results)
     typer.echo(f"\nRun folder: {folder}")
     typer.echo(f"Next: mmfix eval compare {folder}")

@@ -1,0 +1,115 @@
+"""One loaded model and its methods answering batches: the part of a run that may stand in another process.
+
+A batch that fails is looked into: memory that ran out halves the batch and goes on, anything else is narrowed down to
+the documents at fault, whose lines say why. An error is never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmfix_evals import batching
+from mmfix_evals.arms import Arm
+from mmfix_evals.ask import ask, failed, warm_up
+from mmfix_evals.errors import EvalError
+from mmfix_evals.plan import TaskPlan
+from mmfix_evals.samples import Sample
+from mmfix_evals.shards import cut
+from mmfix_evals.tasks import Document
+
+
+@dataclass
+class Worker:
+    """A decoder per arm.
+
+    Attributes:
+        reports: task → arm → the engine's report of its last batch.
+        limits: task → batch size that memory allows; absent until it has run out once.
+    """
+
+    decoders: dict[str, Any]
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    _warm: set[tuple[str, str]] = field(default_factory=set)
+
+    @classmethod
+    def build(cls, decoder: Any, arms: Sequence[Arm]) -> Worker:
+        return cls({arm.name: decoder.with_method(list(arm.methods) or None) for arm in arms})
+
+    def warm_up(self, one: TaskPlan, arms: Sequence[Arm], batch: Sequence[Document]) -> None:
+        """One short untimed batch per arm that has not answered this task yet."""
+        for arm in arms:
+            if (one.task.name, arm.name) not in self._warm:
+                self._warm.add((one.task.name, arm.name))
+                piece = batch[: self.limits.get(one.task.name, len(batch))]
+                try:
+                    warm_up(self.decoders[arm.name], one, piece)
+                except Exception as problem:
+                    if is_fatal(problem):
+                        raise
+                    # The batch itself will fail in the same way and be looked into.
+
+    def answer(self, one: TaskPlan, arm: Arm, batch: Sequence[Document], wanted: set[str]) -> Iterator[list[Sample]]:
+        """Lines of the wanted documents of a batch, piece by piece as they come. The whole batch is asked, as in a
+        run that was never interrupted; a document that cannot be answered has a line with its error.
+
+        Raises:
+            MmfixError, EvalError: asking other documents cannot help (see :func:`is_fatal`).
+        """
+        for piece in cut(batch, min(len(batch), self.limits.get(one.task.name, len(batch)))):
+            if any(document.doc_id in wanted for document in piece):
+                yield from self._piece(one, arm, piece, wanted)
+
+    def _piece(self, one: TaskPlan, arm: Arm, piece: Sequence[Document], wanted: set[str]) -> Iterator[list[Sample]]:
+        lines, problem = self._ask(one, arm, piece)
+        if problem is None:
+            yield [line for line in lines if line["doc_id"] in wanted]
+            return
+        if len(piece) == 1:
+            yield [failed(one, arm, piece[0], problem)]
+            return
+        size = 1
+        if batching.is_out_of_memory(problem):
+            size = (len(piece) + 1) // 2
+            self.limits[one.task.name] = min(size, self.limits.get(one.task.name, size))
+        problem.with_traceback(None)  # its frames hold the tensors of the failed batch
+        del problem
+        batching.release()
+        for part in cut(piece, size):
+            if any(document.doc_id in wanted for document in part):
+                yield from self._piece(one, arm, part, wanted)
+
+    def _ask(self, one: TaskPlan, arm: Arm, piece: Sequence[Document]) -> tuple[list[Sample], Exception | None]:
+        try:
+            lines, report = ask(self.decoders[arm.name], one, arm, piece)
+        except Exception as problem:
+            if is_fatal(problem):
+                raise
+            return [], problem
+        if report:
+            self.reports.setdefault(one.task.name, {})[arm.name] = report
+        return lines, None
+
+    def find_batch_size(self, one: TaskPlan, arms: Sequence[Arm], documents: Sequence[Document]) -> int:
+        """The batch size that every arm can hold, tried on the longest prompts of the task."""
+        longest = sorted(documents, key=lambda document: -len(document.prompt))[: batching.MOST]
+        memory = batching.device_memory(getattr(getattr(self.decoders[arms[0].name], "model", None), "device", "cpu"))
+        size = batching.MOST
+        for arm in arms:
+
+            def attempt(count: int, arm: Arm = arm) -> None:
+                warm_up(self.decoders[arm.name], one, [longest[i % len(longest)] for i in range(count)])
+
+            size = min(size, batching.find_size(attempt, memory, size))
+        return size
+
+
+def is_fatal(problem: Exception) -> bool:
+    """Whether asking other documents cannot help: the method or the model is refused, not one picture."""
+    import mmfix.errors
+
+    if isinstance(problem, mmfix.errors.ImageError):
+        return False
+    return isinstance(problem, (mmfix.errors.MmfixError, EvalError))
