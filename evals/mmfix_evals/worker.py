@@ -74,9 +74,9 @@ class Worker:
         if batching.is_out_of_memory(problem):
             size = (len(piece) + 1) // 2
             self.limits[one.task.name] = min(size, self.limits.get(one.task.name, size))
-        problem.with_traceback(None)  # its frames hold the tensors of the failed batch
-        del problem
-        batching.release()
+            problem.with_traceback(None)  # its frames hold the tensors of the failed batch
+            del problem
+            batching.release()
         for part in cut(piece, size):
             if any(document.doc_id in wanted for document in part):
                 yield from self._piece(one, arm, part, wanted)
