@@ -65,6 +65,7 @@ class Decoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
     ) -> Decoder:
         """Load a model and its processor.
 
@@ -76,6 +77,8 @@ class Decoder:
             dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Auto is the checkpoint's
                 own dtype, except on a CPU, where it is float32.
             revision: branch, tag or commit of a hub model.
+            device_map: ``"auto"``, ``"balanced"``, … or module name → device, as in transformers' ``from_pretrained``,
+                for a model larger than one device; instead of `device`. Needs the package accelerate.
 
         Raises:
             UnsupportedModel: not found, no connection, a model type that is unknown or takes no image, no processor,
@@ -84,7 +87,7 @@ class Decoder:
             MethodError: unknown method.
         """
         _known(method)  # before minutes of loading
-        loaded, processor = loading.load(model, device, dtype, revision)
+        loaded, processor = loading.load(model, device, dtype, revision, device_map)
         return cls(loaded, processor, method=method, model_id=os.fspath(model))
 
     def with_method(self, method: MethodLike) -> Decoder:

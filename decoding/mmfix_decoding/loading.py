@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -23,9 +24,15 @@ def bundled() -> list[str]:
 
 
 def load(
-    name: str | os.PathLike[str], device: str | torch.device, dtype: str | torch.dtype, revision: str | None
+    name: str | os.PathLike[str],
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Load model and processor; see :meth:`mmfix_decoding.Decoder.from_pretrained`."""
+    if device_map is not None:
+        _check_device_map(device)
     target = _device(device)
     source, offline = _locate(name, revision)
     where: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
@@ -33,7 +40,17 @@ def load(
     precision = _dtype(dtype, target)
 
     processor = _processor(str(name), source, where)
-    return _model(str(name), source, where, config, precision).to(target).eval(), processor
+    if device_map is not None:
+        where = {**where, "device_map": device_map}
+    model = _model(str(name), source, where, config, precision)
+    return (model if device_map is not None else model.to(target)).eval(), processor
+
+
+def _check_device_map(device: str | torch.device) -> None:
+    if str(device) != "auto":
+        raise UsageError(f"device {str(device)!r} and a device_map say two things: give one of them")
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError("a device_map needs accelerate: pip install accelerate")
 
 
 def _processor(name: str, source: str, where: dict[str, Any]) -> Any:

@@ -285,3 +285,25 @@ def test_a_copy_of_the_bundled_model_is_the_bundled_model(tmp_path: Path) -> Non
 
 def test_unsupported_is_an_mmfix_error() -> None:
     assert issubclass(UnsupportedModel, MmfixError)
+
+
+def test_a_device_map_reaches_transformers_and_the_model_is_not_moved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    original, seen = AutoModelForImageTextToText.from_pretrained, []
+
+    def from_pretrained(*args: object, device_map: object = None, **kwargs: object) -> object:
+        seen.append(device_map)
+        model, info = original(*args, **kwargs)
+        model.to = None  # a model that is spread over devices must not be moved
+        return model, info
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    assert Decoder.from_pretrained(folder, device_map="auto").generate(picture(0), "Hello", max_new_tokens=2).text != ""
+    assert seen == ["auto"]
+    assert "say two things" in refusal(folder, device="cpu", device_map="auto")
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    assert "pip install accelerate" in refusal(folder, device_map="auto")
