@@ -58,28 +58,26 @@ class Worker:
         Raises:
             MmfixError, EvalError: asking other documents cannot help (see :func:`is_fatal`).
         """
-        for piece in cut(batch, min(len(batch), self.limits.get(one.task.name, len(batch)))):
-            if any(document.doc_id in wanted for document in piece):
-                yield from self._piece(one, arm, piece, wanted)
-
-    def _piece(self, one: TaskPlan, arm: Arm, piece: Sequence[Document], wanted: set[str]) -> Iterator[list[Sample]]:
-        lines, problem = self._ask(one, arm, piece)
-        if problem is None:
-            yield [line for line in lines if line["doc_id"] in wanted]
-            return
-        if len(piece) == 1:
-            yield [failed(one, arm, piece[0], problem)]
-            return
-        size = 1
-        if batching.is_out_of_memory(problem):
-            size = (len(piece) + 1) // 2
-            self.limits[one.task.name] = min(size, self.limits.get(one.task.name, size))
-            problem.with_traceback(None)  # its frames hold the tensors of the failed batch
-            del problem
-            batching.release()
-        for part in cut(piece, size):
-            if any(document.doc_id in wanted for document in part):
-                yield from self._piece(one, arm, part, wanted)
+        todo: list[Sequence[Document]] = [batch]
+        while todo:
+            piece = todo.pop(0)
+            limit = self.limits.get(one.task.name, len(piece))
+            if len(piece) > limit:
+                todo[:0] = cut(piece, limit)
+            elif any(document.doc_id in wanted for document in piece):
+                lines, problem = self._ask(one, arm, piece)
+                if problem is None:
+                    yield [line for line in lines if line["doc_id"] in wanted]
+                elif len(piece) == 1:
+                    yield [failed(one, arm, piece[0], problem)]
+                elif batching.is_out_of_memory(problem):
+                    todo.insert(0, piece)
+                    self.limits[one.task.name] = (len(piece) + 1) // 2
+                    problem.with_traceback(None)  # its frames hold the tensors of the failed batch
+                    del problem
+                    batching.release()
+                else:
+                    todo[:0] = cut(piece, 1)
 
     def _ask(self, one: TaskPlan, arm: Arm, piece: Sequence[Document]) -> tuple[list[Sample], Exception | None]:
         try:
