@@ -6,8 +6,11 @@ An answer depends on the prompt, the picture, the arguments and the methods, not
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -110,3 +113,9 @@ class FakeDecoder:
         fired = {m.info.name: {"fired": 3 if self.fires else 0, "considered": 4, "share": 0.75} for m in self.methods}
         report = {"fired": fired, "passes_per_token": 1.0} if self.methods else None
         return FakeAnswer(text, list(range(len(text.split()))), report)
+
+
+def load_in_actor(folder: str, config: Any) -> FakeDecoder:
+    """A slow decoder that leaves the number of its process in ``folder``."""
+    Path(folder, str(os.getpid())).touch()
+    return FakeDecoder(before=lambda *_: time.sleep(0.03))
