@@ -45,6 +45,7 @@ def compare(
     baseline: str = BASELINE,
     parser: str | None = None,
     intersect: bool = False,
+    other_prompts: bool = False,
     settings: Settings | None = None,
 ) -> Comparison:
     """Compare the methods of one run with its baseline, or several runs with the first one.
@@ -54,10 +55,11 @@ def compare(
         baseline: within one run, the method that the others are compared with.
         parser: score all answers anew with this rule.
         intersect: across runs, compare the documents that both have instead of refusing.
+        other_prompts: across runs, let the prompts differ, because they are what is compared.
         settings: bootstrap; default: that of the first run.
 
     Raises:
-        ComparisonError: data, documents, pictures or scoring rules differ.
+        ComparisonError: data, documents, pictures, prompts or scoring rules differ.
         UsageError: no such baseline, or nothing in common.
     """
     runs = [open_run(folder) for folder in folders]
@@ -69,7 +71,7 @@ def compare(
         if run.warning:
             found.warnings.append(run.warning)
     for other in runs[1:]:
-        _across(runs[0], other, parser, intersect, chosen, found)
+        _across(runs[0], other, parser, (intersect, other_prompts), chosen, found)
     found.entries = holm(found.entries)
     return found
 
@@ -87,7 +89,10 @@ def _within(run: Run, baseline: str, parser: str | None, settings: Settings) -> 
     return Comparison(holm(entries), warnings=[run.warning] if run.warning else [])
 
 
-def _across(a: Run, b: Run, parser: str | None, intersect: bool, settings: Settings, found: Comparison) -> None:
+def _across(
+    a: Run, b: Run, parser: str | None, allow: tuple[bool, bool], settings: Settings, found: Comparison
+) -> None:
+    intersect, other_prompts = allow
     mine = {one.task.name: one for one in a.answers(parser)}
     theirs = {one.task.name: one for one in b.answers(parser)}
     names = [name for name in mine if name in theirs]
@@ -101,10 +106,12 @@ def _across(a: Run, b: Run, parser: str | None, intersect: bool, settings: Setti
         _check_rule(a, b, one, other)
         pairs = _pairs(a, b, one, other)
         if intersect:
-            one, other, note = _common(one, other, pairs)
+            one, other, note = _common(one, other, pairs, other_prompts)
             found.notes.append(f"{name}: {note}")
         else:
             _check_data(a, b, one, other, pairs)
+            if not other_prompts:
+                _check_prompts(a, b, one, other, pairs)
         found.warnings += _milder_differences(a, b, name)
         for entry in difference_entries(one, other, pairs, settings):
             found.entries.append({**entry, "baseline_run": str(a.folder), "run": str(b.folder)})
@@ -156,6 +163,19 @@ def _check_data(a: Run, b: Run, one: Answers, other: Answers, pairs: Sequence[tu
             )
 
 
+def _check_prompts(a: Run, b: Run, one: Answers, other: Answers, pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse other wordings of the same questions."""
+    for method_a, method_b in pairs:
+        first, second = _documents(one, method_a), _documents(other, method_b)
+        for doc, sample in first.items():
+            if sample["prompt"] != second[doc]["prompt"]:
+                raise ComparisonError(
+                    f"{a.folder} and {b.folder} differ in field '{one.task.name}.prompt' of document {doc[1]}: "
+                    f"{sample['prompt']!r} and {second[doc]['prompt']!r}; ask both alike, or add --other-prompts if "
+                    "the prompts are what you compare"
+                )
+
+
 def _remedy() -> str:
     return "run both on the same data, or compare what they have in common with --intersect"
 
@@ -173,7 +193,9 @@ def _content(sample: Sample) -> tuple[Any, ...]:
     return (sample["image_sha256"], sample.get("label"), sample.get("ground_truth"))
 
 
-def _common(one: Answers, other: Answers, pairs: Sequence[tuple[str, str]]) -> tuple[Answers, Answers, str]:
+def _common(
+    one: Answers, other: Answers, pairs: Sequence[tuple[str, str]], other_prompts: bool
+) -> tuple[Answers, Answers, str]:
     """Both sides cut down to documents that are the same question about the same picture in every pair."""
     keep: set[tuple[str, str]] | None = None
     most = 0
@@ -182,7 +204,8 @@ def _common(one: Answers, other: Answers, pairs: Sequence[tuple[str, str]]) -> t
         same = {
             doc
             for doc in first.keys() & second.keys()
-            if _content(first[doc]) == _content(second[doc]) and first[doc]["prompt"] == second[doc]["prompt"]
+            if _content(first[doc]) == _content(second[doc])
+            and (other_prompts or first[doc]["prompt"] == second[doc]["prompt"])
         }
         most = max(most, len(first.keys() | second.keys()))
         keep = same if keep is None else keep & same

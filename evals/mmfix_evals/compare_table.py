@@ -51,5 +51,6 @@ def footnotes(comparison: Comparison) -> list[str]:
         f"{' / '.join(map(str, images))} images. CI and p: paired bootstrap of images; Holm over splits, methods and "
         "runs of each task and metric. McNemar (accuracy, chair_s): documents where only one side has the outcome, "
         "exact; it ignores that questions share an image.",
+        *tables.power_note(comparison.entries),
         *comparison.notes,
     ]

@@ -99,6 +99,7 @@ class RayPool:
         self.started = not self.ray.is_initialized()
         if self.started:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+            os.environ.setdefault("RAY_worker_niceness", "0")  # by default any other process goes first
             self.ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
         self.load = load_
         self._reports: dict[str, dict[str, Any]] = {}

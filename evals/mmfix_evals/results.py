@@ -43,7 +43,7 @@ def score(answers: Answers, settings: Settings, baseline: str = BASELINE) -> Sco
     if baseline in answers.by_method:
         pairs = [(baseline, method) for method in answers.by_method if method != baseline]
         comparisons = holm(difference_entries(answers, answers, pairs, settings))
-    return Scores(metric_entries(answers, settings), comparisons, speed_entries(answers, baseline))
+    return Scores(metric_entries(answers, settings), comparisons, speed_entries(answers, baseline, settings))
 
 
 def merge(scores: Sequence[Scores]) -> dict[str, Any]:

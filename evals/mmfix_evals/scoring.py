@@ -20,6 +20,7 @@ from mmfix_evals.tasks import Metric, Task
 Counts = NDArray[np.float64]
 Entry = dict[str, Any]
 MACRO = "macro"
+POINT = 0.01  # one point of a metric that is printed x 100
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ def _metrics_of(
     settings: Settings,
 ) -> list[Entry]:
     images = images_of(parts)
-    counts = [matrix(answers, part, images) for part in parts]
+    draws = stats.draw([matrix(answers, part, images) for part in parts], settings.resamples, settings.seed)
     entries = []
     for metric in metrics:
-        found = stats.bootstrap_macro(counts, metric.formula, settings.resamples, settings.seed)
+        found = stats.interval(draws, metric.formula)
         value = int(found.value) if metric.integer and found.value is not None else found.value
         entries.append(
             {
@@ -157,11 +158,11 @@ def _differences(
 ) -> list[Entry]:
     left, right = sides
     images = images_of(left)
-    before = [matrix(a, part, images) for part in left]
-    after = [matrix(b, part, images) for part in right]
+    before = stats.draw([matrix(a, part, images) for part in left], settings.resamples, settings.seed)
+    after = stats.draw([matrix(b, part, images) for part in right], settings.resamples, settings.seed)
     entries = []
     for metric in metrics:
-        found = stats.paired_macro(after, before, metric.formula, settings.resamples, settings.seed)
+        found = stats.difference(after, before, metric.formula)
         entry: Entry = {
             "task": a.task.name,
             "data_split": a.data_split,
@@ -173,6 +174,8 @@ def _differences(
             "ci_low": found.low,
             "ci_high": found.high,
             "p": found.p,
+            "standard_error": found.standard_error,
+            "images_for_1_point": found.images_to_see(POINT) if metric.percent else None,
             "n": sum(map(len, left)),
             "n_images": found.n_clusters,
         }

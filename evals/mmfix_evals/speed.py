@@ -6,18 +6,22 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
+from mmfix_evals import stats
 from mmfix_evals.samples import Sample
-from mmfix_evals.scoring import Answers
+from mmfix_evals.scoring import Answers, Counts, Settings, images_of
 
 Entry = dict[str, Any]
 
 
-def speed_entries(answers: Answers, baseline: str) -> list[Entry]:
+def speed_entries(answers: Answers, baseline: str, settings: Settings | None = None) -> list[Entry]:
     """One entry per (split, method): tokens per second, relative to the baseline, fired share, passes per token.
 
     Methods take turns on every batch, so a machine that slows down slows all of them. Only documents that both the
-    method and the baseline answered enter ``relative_speed``.
+    method and the baseline answered enter ``relative_speed``. Intervals: bootstrap of pictures, paired for the latter.
     """
+    chosen = settings or Settings()
     entries = []
     for split in answers.splits():
         reference = answers.by_method.get(baseline, {}).get(split, {})
@@ -36,12 +40,42 @@ def speed_entries(answers: Answers, baseline: str) -> list[Entry]:
                         "seconds": _sum(s["seconds"] for s in samples.values()),
                         "tokens": sum(s["tokens"] for s in samples.values()),
                         "tokens_per_second": tokens_per_second(samples.values()),
+                        **_bounds("tokens_per_second", list(samples.values()), None, chosen),
                         "relative_speed": own / base if own and base else None,
+                        **_bounds("relative_speed", *_pair(samples, reference, common), chosen),
                         **_fired(samples.values()),
                         "passes_per_token": _mean([s.get("passes_per_token") for s in samples.values()]),
                     }
                 )
     return entries
+
+
+def _pair(
+    samples: dict[str, Sample], reference: dict[str, Sample], common: list[str]
+) -> tuple[list[Sample], list[Sample]]:
+    return [samples[doc] for doc in common], [reference[doc] for doc in common]
+
+
+def _bounds(name: str, own: list[Sample], base: list[Sample] | None, settings: Settings) -> Entry:
+    """``NAME_low`` and ``NAME_high``: rates are ratios of sums, so whole pictures are drawn as for any other metric."""
+    images = images_of([own])
+    place = {image: i for i, image in enumerate(images)}
+    counts = np.zeros((len(images), 4))
+    for column, samples in ((0, own), (2, own if base is None else base)):
+        for sample in samples:
+            counts[place[sample["image"]], column : column + 2] += (sample["tokens"], sample["seconds"])
+    found = stats.interval(
+        stats.draw([counts], settings.resamples, settings.seed), _rate if base is None else _relative
+    )
+    return {f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _rate(c: Counts) -> Counts:
+    return stats.ratio(c[..., 0], c[..., 1])
+
+
+def _relative(c: Counts) -> Counts:
+    return stats.ratio(_rate(c), stats.ratio(c[..., 2], c[..., 3]))
 
 
 def tokens_per_second(samples: Iterable[Sample]) -> float | None:

@@ -7,21 +7,23 @@ the sums of every resample. numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from mmfix_evals.draws import RESAMPLES, Draws, Floats, draw
 from mmfix_evals.errors import UsageError
 
-Floats = NDArray[np.float64]
 Metric = Callable[[Floats], Floats]
 
-RESAMPLES = 2000
 CONFIDENCE = 0.95
-CHUNK_ELEMENTS = 2_000_000  # draws held at once (16 MB), whatever the number of images
 TIE = 1e-12  # differences below this are rounding, not a difference
+POWER = 0.8
+Z_TEST, Z_POWER = 1.959964, 0.841621  # normal quantiles of 1 - 0.05 / 2 and of POWER
+INFORMATIVE = 10  # images that must differ before a spread says anything about more images
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Difference:
     """Metric of A minus metric of B on the same images, with percentile interval and two-sided bootstrap p.
 
     Fields as in `Interval`; p is None where the bounds are.
+
+    Attributes:
+        standard_error: spread of the difference over the resamples; None where the bounds are.
+        informative: images in which A and B differ at all.
     """
 
     value: float | None
@@ -55,6 +61,43 @@ class Difference:
     p: float | None
     n_clusters: int
     undefined: int
+    standard_error: float | None = None
+    informative: int = 0
+
+    def images_to_see(self, effect: float) -> int | None:
+        """Images needed to find a difference of `effect` with 80 % power at p < 0.05 (two-sided, one test).
+
+        n = C·((z₀.₉₇₅ + z₀.₈)·SE / effect)² with the standard error of these C images, which shrinks with √n. None
+        where A and B differ in fewer than 10 images: their spread says nothing yet.
+        """
+        if not self.standard_error or self.informative < INFORMATIVE:
+            return None
+        return max(2, math.ceil(self.n_clusters * ((Z_TEST + Z_POWER) * self.standard_error / effect) ** 2))
+
+
+def interval(draws: Draws, metric: Metric, confidence: float = CONFIDENCE) -> Interval:
+    """Value and percentile interval of the plain mean of a metric over splits."""
+    found = _over_draws(draws, metric)
+    low, high = _bounds(found, confidence, draws.n_clusters)
+    return Interval(_macro(draws.whole, metric), low, high, draws.n_clusters, int(np.isnan(found).sum()))
+
+
+def difference(a: Draws, b: Draws, metric: Metric, confidence: float = CONFIDENCE) -> Difference:
+    """A minus B, both drawn with the same seed from the same images; see `paired`."""
+    if a.per_image.shape != b.per_image.shape or a.drawn.shape != b.drawn.shape:
+        raise UsageError(
+            f"runs differ in shape: {list(a.per_image.shape)} and {list(b.per_image.shape)} (splits, images, counts); "
+            "compare runs on the same images"
+        )
+    drawn = _over_draws(a, metric) - _over_draws(b, metric)
+    low, high = _bounds(drawn, confidence, a.n_clusters)
+    whole_a, whole_b = _macro(a.whole, metric), _macro(b.whole, metric)
+    value = None if whole_a is None or whole_b is None else whole_a - whole_b
+    informative = _informative(a.per_image, b.per_image)
+    defined = drawn[~np.isnan(drawn)]
+    p = None if low is None else _two_sided(defined, informative)
+    error = None if low is None else float(defined.std())
+    return Difference(value, low, high, p, a.n_clusters, int(np.isnan(drawn).sum()), error, informative)
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
@@ -114,11 +157,8 @@ def bootstrap_macro(
         splits: one `[C, k]` per split, row i the same image in all of them (zeros where a split lacks it). Images
             are drawn once and the draw is used for all splits.
     """
-    stacked = _stack(splits)
     _check(resamples, confidence)
-    drawn = _resample(stacked, metric, resamples, seed)
-    low, high = _bounds(drawn, confidence, stacked.shape[1])
-    return Interval(_macro(stacked, metric), low, high, stacked.shape[1], int(np.isnan(drawn).sum()))
+    return interval(draw(splits, resamples, seed), metric, confidence)
 
 
 def paired(
@@ -151,19 +191,8 @@ def paired_macro(
     confidence: float = CONFIDENCE,
 ) -> Difference:
     """`paired` for the plain mean of `metric` over splits that share their images (see `bootstrap_macro`)."""
-    a, b = _stack(splits_a), _stack(splits_b)
     _check(resamples, confidence)
-    if a.shape != b.shape:
-        raise UsageError(
-            f"runs differ in shape: {list(a.shape)} and {list(b.shape)} (splits, images, counts); "
-            "compare runs on the same images"
-        )
-    drawn = _resample(a, metric, resamples, seed) - _resample(b, metric, resamples, seed)
-    low, high = _bounds(drawn, confidence, a.shape[1])
-    whole_a, whole_b = _macro(a, metric), _macro(b, metric)
-    difference = None if whole_a is None or whole_b is None else whole_a - whole_b
-    p = None if low is None else _two_sided(drawn[~np.isnan(drawn)], _informative(a, b))
-    return Difference(difference, low, high, p, a.shape[1], int(np.isnan(drawn).sum()))
+    return difference(draw(splits_a, resamples, seed), draw(splits_b, resamples, seed), metric, confidence)
 
 
 def mcnemar(b: int, c: int) -> float:
@@ -196,41 +225,22 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _stack(splits: Sequence[ArrayLike]) -> Floats:
-    """Counts `[S, C, k]`."""
-    arrays = [np.asarray(split, dtype=np.float64) for split in splits]
-    if not arrays or any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
-        shapes = ", ".join(str(list(array.shape)) for array in arrays) or "none"
-        raise UsageError(f"counts must be one [images, k] per split, all of one shape; got {shapes}")
-    return np.stack(arrays)
-
-
 def _check(resamples: int, confidence: float) -> None:
     if resamples < 1 or not 0 < confidence < 1:
         raise UsageError(f"resamples must be at least 1 and confidence in (0, 1); got {resamples} and {confidence}")
 
 
-def _macro(stacked: Floats, metric: Metric) -> float | None:
-    found = float(np.mean(metric(stacked.sum(axis=1))))
+def _macro(whole: Floats, metric: Metric) -> float | None:
+    found = float(np.mean(metric(whole)))
     return None if np.isnan(found) else found
 
 
-def _weights(n_clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each image is drawn, in chunks `[r, C]`; the chunking does not change the draws."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, CHUNK_ELEMENTS // max(1, n_clusters))
-    share = np.full(n_clusters, 1.0 / n_clusters)
-    for start in range(0, resamples, chunk):
-        yield rng.multinomial(n_clusters, share, size=min(chunk, resamples - start)).astype(np.float64)
-
-
-def _resample(stacked: Floats, metric: Metric, resamples: int, seed: int) -> Floats:
+def _over_draws(draws: Draws, metric: Metric) -> Floats:
     """The macro mean of the metric in every resample, `[resamples]`; NaN where undefined in any split."""
-    n_clusters = stacked.shape[1]
-    if n_clusters == 0:
-        return np.full(resamples, np.nan)
-    parts = [metric(weights @ stacked).mean(axis=0) for weights in _weights(n_clusters, resamples, seed)]
-    return np.concatenate(parts)
+    if draws.n_clusters == 0:
+        return np.full(draws.drawn.shape[1], np.nan)
+    found: Floats = metric(draws.drawn).mean(axis=0)
+    return found
 
 
 def _bounds(drawn: Floats, confidence: float, n_clusters: int) -> tuple[float | None, float | None]:

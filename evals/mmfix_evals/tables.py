@@ -14,7 +14,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from mmfix_evals import machine, tasks
+from mmfix_evals import machine, stats, tasks
 from mmfix_evals.results import Results
 from mmfix_evals.scoring import MACRO
 from mmfix_evals.tasks import Metric
@@ -104,8 +104,9 @@ def speed_cells(speed: dict[str, Any]) -> tuple[str, str]:
     """Relative speed and fired share; empty where they are shown in another row."""
     if not speed:
         return "", ""
-    relative = speed["relative_speed"]
-    return (NONE if relative is None else f"{relative:.2f}x"), fired(speed["fired"])
+    relative, low, high = (speed.get(f"relative_speed{end}") for end in ("", "_low", "_high"))
+    spread = "" if low is None or high is None or low == high else f" [{low:.2f}, {high:.2f}]"
+    return (NONE if relative is None else f"{relative:.2f}x{spread}"), fired(speed["fired"])
 
 
 def fired(counted: dict[str, dict[str, Any]]) -> str:
@@ -168,10 +169,11 @@ def footnotes(results: Results) -> list[str]:
         "Values x 100 except length and counts; n/a: undefined (nothing to divide by). Differences are to "
         f"{baseline(results)}, paired. Intervals: {bootstrap['resamples']} bootstrap resamples of images, seed "
         f"{bootstrap['seed']}; p from the same draws, Holm-corrected over splits and methods of each task and metric.",
-        f"Speed: tokens/s relative to {baseline(results)} in this run, batch {config['batch_size']}, "
+        f"Speed: tokens/s relative to {baseline(results)} in this run, batch {_batch(results)}, "
         f"methods taking turns batch by batch; {machine.describe(results['machine'])}. "
         "Fired: share of the places a method looked at that it changed.",
     ]
+    notes += power_note(results["comparisons"])
     for name in never_fired(results):
         means = "it changed nothing there" if " in " in name else "identical to greedy by construction"
         notes.append(f"NEVER FIRED: {name}: {means}.")
@@ -180,6 +182,37 @@ def footnotes(results: Results) -> list[str]:
     if results["status"] != "complete":
         notes.append(f"This run is {results['status']}: the numbers cover the finished samples only.")
     return notes
+
+
+def power_note(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """How many images a difference of one point takes, from the spread of the differences at hand."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for entry in entries:
+        metric = tasks.get(entry["task"]).metric(entry["metric"])
+        needed = entry.get("images_for_1_point")
+        if metric.headline and needed is not None:
+            found.setdefault((entry["task"], entry["metric"]), []).append(needed)
+    if not found:
+        return []
+    listed = "; ".join(f"{task} {metric} {_range(needed)}" for (task, metric), needed in found.items())
+    return [
+        f"To see a difference of 1 point (p < 0.05 in one test, {stats.POWER:.0%} power) one needs about so many "
+        f"images, by method and split: {listed}."
+    ]
+
+
+def _range(values: Sequence[int]) -> str:
+    """Two digits of them are all that an estimate is worth."""
+    low, high = (round(value, 2 - len(str(value))) for value in (min(values), max(values)))
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _batch(results: Results) -> str:
+    """The batch size, and those that were found or that memory forced."""
+    timing = results.get("timing") or {}
+    found = {**(timing.get("batch_sizes") or {}), **(timing.get("reduced_batch_sizes") or {})}
+    listed = ", ".join(f"{name} {size}" for name, size in found.items())
+    return f"{results['config']['batch_size']}{f' ({listed})' if listed else ''}"
 
 
 def baseline(results: Results) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import fake_eval
 import pytest
 
-from mmfix_evals import compare_table
+from mmfix_evals import compare_table, tables
 from mmfix_evals.compare import ComparisonError, compare
 from mmfix_evals.errors import UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.run import run
-from mmfix_evals.tasks import base
+from mmfix_evals.tasks import Document, base
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,51 @@ def test_decoding_and_seed_are_warnings(tmp_path: Path) -> None:
     assert found.entries
     assert any("generation arguments differ" in warning for warning in found.warnings)
     assert any("seeds differ" in warning for warning in found.warnings)
+
+
+class Reworded(fake_eval.FakeChair):
+    """The same pictures and ground truth under another prompt."""
+
+    def documents(self, data_split: str, limit: int, world_seed: int) -> list[Document]:
+        documents = super().documents(data_split, limit, world_seed)
+        return [replace(document, prompt="What is in the image?") for document in documents]
+
+
+def test_other_prompts_are_refused_unless_they_are_what_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = make(tmp_path / "a", tasks=("fake-chair",))
+    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, "fake-chair": Reworded()})
+    b = make(tmp_path / "b", tasks=("fake-chair",))
+    words = r"differ in field 'fake-chair.prompt' of document test_0_0.png: 'Describe .*' and 'What .*--other-prompts"
+    with pytest.raises(ComparisonError, match=words):
+        compare([a, b])
+    with pytest.raises(ComparisonError, match="no document of fake-chair in common"):
+        compare([a, b], intersect=True)
+    for options in ({}, {"intersect": True}):
+        found = compare([a, b], other_prompts=True, **options)
+        assert {e["n"] for e in found.entries} == {6}
+        assert any("prompts differ" in warning for warning in found.warnings)
+    (a / "results.json").unlink()
+    (b / "results.json").unlink()
+    with pytest.raises(ComparisonError, match=r"differ in field 'fake-chair\.prompt'"):
+        compare([a, b])
+
+
+def test_the_number_of_images_that_one_point_takes(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", limit=40)
+    entries = compare([folder]).entries
+    for entry in entries:
+        needed, error = entry["images_for_1_point"], entry["standard_error"]
+        if entry["metric"] in ("length", "n_unparsed") or not error:
+            assert needed is None
+        elif needed is not None:
+            assert needed == max(2, math.ceil(40 * ((1.959964 + 0.841621) * error / 0.01) ** 2))
+    shown = {(e["task"], e["metric"]) for e in entries if e["images_for_1_point"]}
+    assert {("fake-pope", "f1"), ("fake-pope", "accuracy"), ("fake-chair", "chair_i")} <= shown
+    results = json.loads((folder / "results.json").read_text())
+    for notes in (compare_table.footnotes(compare([folder])), tables.footnotes(results)):
+        note = next(text for text in notes if "To see a difference of 1 point" in text)
+        assert "80% power" in note
+        assert "fake-chair chair_i " in note
+        assert "length" not in note

@@ -83,6 +83,8 @@ def test_a_worker_killed_in_mid_run_loses_and_doubles_nothing(
     import ray
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     pids = tmp_path / "pids"
     pids.mkdir()
     killer = Killer(pids)

@@ -329,3 +329,21 @@ def test_secrets_do_not_reach_the_results() -> None:
         "var:move=0.4,tau=4,vhr",
     ]
     assert clean_values({"token": "abc", "top_p": 0.5}) == {"token": "***", "top_p": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (("greedy", "causalmm"), True),
+        (("greedy", "causalmm+var"), True),
+        (("greedy", "causalmm", "plausibility"), False),
+        (("greedy", "plausibility"), False),
+        (("greedy", "var", "vhr"), False),
+    ],
+)
+def test_a_contrast_method_without_its_control_is_remarked_on(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], methods: tuple[str, ...], said: bool
+) -> None:
+    config = replace(config, tasks=("fake-chair",), methods=methods, limit=1)
+    run(config, ["mmfix"], Reporter(), lambda _: fake_eval.FakeDecoder())
+    assert ("add plausibility to --methods as the control" in capsys.readouterr().err) is said

@@ -126,7 +126,15 @@ def test_speed_is_relative_to_the_baseline_on_common_documents() -> None:
     def sample(method: str, doc: str, seconds: float, tokens: int) -> dict[str, Any]:
         fired = {"var": [1.5, 4.0]} if method == "var" else {}
         same = {"split": "test", "data_split": "test", "error": None, "passes_per_token": 1.0}
-        return {"method": method, "doc_id": doc, "seconds": seconds, "tokens": tokens, "fired": fired, **same}
+        return {
+            "method": method,
+            "doc_id": doc,
+            "image": doc,
+            "seconds": seconds,
+            "tokens": tokens,
+            "fired": fired,
+            **same,
+        }
 
     listed = [sample("greedy", "a", 1.0, 10), sample("greedy", "b", 1.0, 10), sample("greedy", "c", 8.0, 10)]
     listed += [sample("var", "a", 2.0, 10), sample("var", "b", 2.0, 10)]
@@ -134,6 +142,10 @@ def test_speed_is_relative_to_the_baseline_on_common_documents() -> None:
     greedy, var = speed_entries(answers, "greedy")
     assert (greedy["tokens_per_second"], greedy["relative_speed"]) == (3.0, 1.0)
     assert (var["tokens_per_second"], var["relative_speed"]) == (5.0, 0.5)
+    # Both documents took twice as long, so every resample says one half; the three of greedy differ among themselves.
+    assert (var["relative_speed_low"], var["relative_speed_high"]) == (0.5, 0.5)
+    assert greedy["tokens_per_second_low"] == pytest.approx(1.25)
+    assert greedy["tokens_per_second_high"] == 10.0
     assert var["fired"] == {"var": {"fired": 3.0, "considered": 8.0, "share": 0.375}}
     assert (greedy["fired"], greedy["fired_share"], var["fired_share"]) == ({}, None, 0.375)
 

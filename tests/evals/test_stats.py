@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mmfix_evals import stats
+from mmfix_evals import draws, stats
 from mmfix_evals.errors import UsageError
 
 
@@ -80,7 +80,8 @@ def test_ratio_of_sums_not_mean_of_ratios() -> None:
 def test_same_seed_same_draws_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = run(50, 0.6)
     whole = stats.bootstrap(counts, mean, 500, seed=3)
-    monkeypatch.setattr(stats, "CHUNK_ELEMENTS", 50 * 7)
+    monkeypatch.setattr(draws, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(draws, "CHUNK_ELEMENTS", 50 * 7)
     assert stats.bootstrap(counts, mean, 500, seed=3) == whole
     assert stats.bootstrap(counts, mean, 500, seed=4) != whole
 
@@ -220,3 +221,64 @@ def test_a_few_images_never_give_a_small_p() -> None:
         b = np.tile([[0.0, 1.0]], (images, 1))
         found = stats.paired(a, b, lambda c: stats.ratio(c[..., 0], c[..., 1]), 2000, 0)
         assert found.p == max(2.0 ** (1 - images), 2 / 2001)
+
+
+def test_one_drawing_gives_what_single_ones_give() -> None:
+    """Two ratios of the same counts, over two splits, against a loop over the drawn images."""
+    a, b = (np.stack([run(30, 0.7, seed), run(30, 0.6, seed + 5)]) for seed in (1, 2))
+    first, second = stats.draw(list(a), 200, 3), stats.draw(list(b), 200, 3)
+    for metric in (mean, lambda c: stats.ratio(c[..., 1] - c[..., 0], c[..., 1])):
+        assert stats.difference(first, second, metric) == stats.paired_macro(list(a), list(b), metric, 200, 3)
+        assert stats.interval(first, metric) == stats.bootstrap_macro(list(a), metric, 200, 3)
+    weights = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=200)
+    slow = [np.mean([mean((w[:, None] * split).sum(axis=0)) for split in a]) for w in weights]
+    found = stats.interval(first, mean)
+    assert (found.low, found.high) == tuple(np.percentile(slow, [2.5, 97.5]))
+
+
+def test_the_power_estimate_keeps_what_it_promises() -> None:
+    """Of many experiments with the number of images it asks for, about 80 % find a difference of that size."""
+    rng = np.random.default_rng(4)
+
+    def experiment(images: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+        """Eight questions about each image; one of them may change, so the share changes by an eighth."""
+        base = 1 + rng.binomial(6, 0.7, images)
+        change = rng.choice([-1, 0, 1], images, p=[0.2, 0.6 - 8 * gain, 0.2 + 8 * gain])
+        return tuple(np.stack([right, np.full(images, 8)], axis=1) for right in (base + change, base))
+
+    estimates = [stats.paired(*experiment(400, 0.0), mean, 400, seed).images_to_see(0.01) for seed in range(15)]
+    needed = round(float(np.median([n for n in estimates if n is not None])))
+    assert needed == pytest.approx((2.80 * 0.4**0.5 / 8 / 0.01) ** 2, rel=0.1)
+    gains = [(one - other)[:, 0] / 8 for one, other in (experiment(needed, 0.01) for _ in range(300))]
+    found = np.mean([abs(gain.mean()) > 1.96 * gain.std() / needed**0.5 for gain in gains])
+    assert 0.72 < found < 0.88
+
+
+def test_power_is_not_guessed_from_few_images() -> None:
+    same = run(50, 0.5)
+    assert stats.paired(same, same, mean, 100).images_to_see(0.01) is None
+    other = same.copy()
+    other[:9, 0] = 6 - other[:9, 0]
+    few = stats.paired(other, same, mean, 100)
+    assert few.informative <= 9
+    assert few.images_to_see(0.01) is None
+
+
+def test_drawing_is_fast_enough_to_be_repeated() -> None:
+    """The work of one drawing is shared: thirty metrics cost little more than one. Counted, not timed."""
+    calls = []
+    original = draws._new_weights
+
+    def counted(*given: int) -> object:
+        calls.append(given)
+        return original(*given)
+
+    draws._kept_weights.cache_clear()
+    draws._new_weights = counted  # type: ignore[assignment]
+    try:
+        for seed in range(10):
+            stats.paired(run(40, 0.6, seed), run(40, 0.6, seed + 1), mean, 100)
+    finally:
+        draws._new_weights = original
+        draws._kept_weights.cache_clear()
+    assert calls == [(40, 100, 0)]

@@ -28,6 +28,9 @@ def compare_command(
     intersect: Annotated[
         bool, typer.Option("--intersect", help="Across runs: compare the documents that both have.")
     ] = False,
+    other_prompts: Annotated[
+        bool, typer.Option("--other-prompts", help="Across runs: prompts may differ, they are what is compared.")
+    ] = False,
     resamples: Annotated[
         int | None, typer.Option(help=f"Bootstrap resamples; default: the run's ({RESAMPLES}).")
     ] = None,
@@ -37,7 +40,7 @@ def compare_command(
     """Differences with paired intervals, exact McNemar tests and Holm's correction.
 
     One folder: its methods against greedy. Several: each method against itself in the first folder. Runs on other
-    data, pictures or scoring rules are refused, naming the field that differs.
+    data, pictures, prompts or scoring rules are refused, naming the field that differs.
     """
     from dataclasses import replace
 
@@ -50,7 +53,14 @@ def compare_command(
         if resamples < 1:
             raise UsageError(f"--resamples {resamples}: give a number of 1 or more")
         settings = replace(settings, resamples=resamples)
-    found = compare(folders, baseline=baseline, parser=parser, intersect=intersect, settings=settings)
+    found = compare(
+        folders,
+        baseline=baseline,
+        parser=parser,
+        intersect=intersect,
+        other_prompts=other_prompts,
+        settings=settings,
+    )
     for warning in found.warnings:
         typer.echo(f"mmfix: warning: {warning}", err=True)
     if as_json:
