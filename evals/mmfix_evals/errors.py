@@ -3,9 +3,15 @@
 They import nothing, so that scoring needs neither torch nor `mmfix`; the command line maps them to exit codes.
 """
 
+LONGEST = 2000
+
 
 class EvalError(Exception):
-    """Base of the errors below; `str(error)` is one line for the user."""
+    """Base of the errors below; `str(error)` is one line for the user, however long the value that it shows."""
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 4 :]}"
 
 
 class DataError(EvalError):

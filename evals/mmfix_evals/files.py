@@ -68,14 +68,51 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file. Raises DataError naming the line of the first mistake."""
+    """The value of a JSON file. Raises DataError naming the line of the first mistake (see :func:`loads`)."""
     try:
-        return json.loads(read_text(path))
+        return loads(read_text(path))
     except json.JSONDecodeError as error:
         message = f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct the file"
         raise DataError(message) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); correct the file") from None
     except RecursionError:
         raise DataError(f"{path}: JSON is nested too deeply; correct the file") from None
+
+
+def loads(text: str) -> Any:
+    """Strict JSON: what Python would let pass and turn into a wrong number is refused with ValueError.
+
+    That is NaN and infinity, a name that occurs twice in one object (the last would win), and half of a character
+    (a lone surrogate, which cannot be written again).
+    """
+    value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a character: a lone surrogate such as \\ud800") from None
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number - number != 0:
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:40]!r} occurs twice in one object")
+    return found
 
 
 def read_rows(path: str | os.PathLike[str]) -> Rows:
@@ -100,9 +137,10 @@ def read_rows(path: str | os.PathLike[str]) -> Rows:
 
 def _parse_line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        message = f"{path}, line {number}: not valid JSON ({error.msg}); correct or delete that line"
+        return loads(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        message = f"{path}, line {number}: not valid JSON ({reason}); correct or delete that line"
         raise DataError(message) from None
     except RecursionError:
         raise DataError(f"{path}, line {number}: JSON is nested too deeply; correct or delete that line") from None

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from mmfix_evals.errors import DataError
+from mmfix_evals.files import loads
 
 Sample = dict[str, Any]
 NAME = "samples.jsonl"
@@ -73,12 +74,12 @@ def read(path: Path) -> tuple[list[Sample], int, str | None]:
     for number, line in enumerate(lines, 1):
         last = number == len(lines)
         try:
-            sample = json.loads(line) if line.strip() else None
-            if sample is not None and not (isinstance(sample, dict) and "key" in sample):
-                raise ValueError("not a sample object with a key")
+            sample = loads(line.decode()) if line.strip() else None
+            if line.strip():
+                _check(sample)
             if last and not line.endswith(b"\n"):
                 raise ValueError("no line break at its end")
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             if last:
                 return samples, intact, f"{path}: dropped line {number}, torn while it was written"
             raise DataError(f"{path}, line {number}: not a sample ({problem}). Delete this line to go on") from None
@@ -86,6 +87,30 @@ def read(path: Path) -> tuple[list[Sample], int, str | None]:
         if sample is not None:
             samples.append(sample)
     return samples, intact, None
+
+
+TEXTS = ("key", "protocol", "task", "data_split", "split", "doc_id", "image", "image_sha256", "method", "prompt")
+
+
+def _check(sample: Any) -> None:
+    """Raise ValueError for an object that no run has written."""
+    if not isinstance(sample, dict) or "key" not in sample:
+        raise ValueError("not a sample object with a key")
+    for name in TEXTS:
+        if not isinstance(sample.get(name), str):
+            raise ValueError(f"{name!r} is missing or not a text")
+    wanted = "response" if sample.get("error") is None else "error"
+    if not isinstance(sample.get(wanted), str):
+        raise ValueError(f"{wanted!r} is missing or not a text")
+    passes = sample.get("passes_per_token")
+    fired = sample.get("fired") or {}
+    pairs = list(fired.values()) if isinstance(fired, dict) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("'fired' is not a table of pairs")
+    numbers = [sample.get("seconds"), sample.get("tokens"), *(number for pair in pairs for number in pair)]
+    for number in numbers if passes is None else [*numbers, passes]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or number < 0:
+            raise ValueError(f"{number!r} is not a time or a number of tokens or passes")
 
 
 class SampleLog:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmfix_evals import stats
+from mmfix_evals import samples, stats
+from mmfix_evals.errors import DataError
 from mmfix_evals.samples import Sample
 from mmfix_evals.tasks import Metric, Task
 
@@ -60,7 +61,13 @@ class Answers:
     def row(self, sample: Sample) -> Counts:
         """The columns of one sample, computed once."""
         if sample["key"] not in self._rows:
-            counts = self.task.counts(sample, self.flavour)
+            try:
+                counts = self.task.counts(sample, self.flavour)
+            except (DataError, KeyError, TypeError, AttributeError) as problem:
+                raise DataError(
+                    f"{samples.NAME}: the sample of {sample['task']} {sample['doc_id']} ({sample['method']}) cannot be "
+                    f"scored ({problem!r}): delete its line and run the same command again"
+                ) from None
             self._rows[sample["key"]] = np.array([counts[name] for name in self.task.columns], dtype=np.float64)
         return self._rows[sample["key"]]
 
@@ -157,6 +164,12 @@ def _differences(
     settings: Settings,
 ) -> list[Entry]:
     left, right = sides
+    for one, other in ((x, y) for parts in zip(left, right, strict=True) for x, y in zip(*parts, strict=True)):
+        if one["image"] != other["image"]:
+            raise DataError(
+                f"{samples.NAME}: {one['task']} {one['doc_id']} is about {one['image']} for {one['method']}, but about "
+                f"{other['image']} for {other['method']}: delete the line that is wrong and run the same command again"
+            )
     images = images_of(left)
     before = stats.draw([matrix(a, part, images) for part in left], settings.resamples, settings.seed)
     after = stats.draw([matrix(b, part, images) for part in right], settings.resamples, settings.seed)
