@@ -163,9 +163,10 @@ class Chair:
         _check_option("unknown_image", unknown_image, UNKNOWN_IMAGE)
         _check_option("truncate", truncate, TRUNCATE)
         truth = {str(image): frozenset(nodes) for image, nodes in gt.items()}
-        summed, unknown = dict.fromkeys(COUNT_KEYS, 0), set()
+        summed, unknown, seen, repeated = dict.fromkeys(COUNT_KEYS, 0), set[str](), set[str](), set[str]()
         for index in range(len(captions)):
             image, caption = _record(captions, index)
+            (repeated if image in seen else seen).add(image)
             if image not in truth:
                 if unknown_image == "error":
                     raise DataError(
@@ -178,7 +179,7 @@ class Chair:
             for key, count in self.counts(caption, truth.get(image, frozenset())).items():
                 summed[key] += count
         strange = sorted(set().union(*truth.values()) - set(self.nodes.values()))
-        return _score(summed, len(unknown), strange)
+        return _score(summed, len(unknown), strange, len(repeated))
 
 
 def _check_option(name: str, given: str | None, choices: Sequence[str | None]) -> None:
@@ -198,12 +199,14 @@ def _record(captions: Sequence[Mapping[str, Any]], index: int) -> tuple[str, str
     return str(image), caption
 
 
-def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str]) -> ChairScore:
+def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int) -> ChairScore:
     vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
     values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
     warnings = [f"{name} is undefined: {UNDEFINED[name]}" for name, found in values.items() if found is None]
     if unknown:
         warnings.append(f"{unknown} images have no ground truth: everything said about them counts as hallucinated")
+    if repeated:
+        warnings.append(f"{repeated} images have several captions: each of them is counted")
     if strange:
         warnings.append(f"no word can name these objects of the ground truth: {', '.join(strange[:5])}")
     return ChairScore(

@@ -80,11 +80,32 @@ def _load(path: Path) -> Any:
         ) from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return COCO(str(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct the file") from None
+            coco = COCO()
+            coco.dataset = _dataset(path)
+            coco.createIndex()
+            return coco
+    except DataError:
+        raise
     except Exception as error:  # pycocotools asserts and indexes without checks
         raise DataError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error}); check it") from None
+
+
+def _dataset(path: Path) -> dict[str, Any]:
+    """The content of an annotation file, with what is used of it checked."""
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a COCO annotation file (a {type(content).__name__}, not an object); check it")
+    for part, names in (("images", ("id",)), ("categories", ("id", "name")), ("annotations", ("id", "image_id"))):
+        rows = content.get(part, [])
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: not a COCO annotation file: {part!r} is not a list; check it")
+        for number, row in enumerate(rows, 1):
+            for name in names:
+                value = row.get(name) if isinstance(row, dict) else None
+                if isinstance(value, bool) or not isinstance(value, str if name == "name" else (int, str)):
+                    what = f"{name!r} of item {number} of {part!r} is missing or of a wrong type"
+                    raise DataError(f"{path}: not a COCO annotation file: {what}; check it")
+    return content
 
 
 def _add_instances(found: dict[str, set[str]], path: Path, nodes: Mapping[str, str]) -> None:
