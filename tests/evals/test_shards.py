@@ -191,7 +191,7 @@ def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Change:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (unfinished, r"shard-1-of-3: this shard is not complete \(fake-chair: 2 of 3 answers\).*--shard 1/3 again"),
+        (unfinished, r"shard-1-of-3: this shard is not complete \(fake-chair: 1 of 2 answers\).*--shard 1/3 again"),
         (interrupted, r"shard-2-of-3: .*status interrupted.*--shard 2/3 again"),
         (torn, r"shard-0-of-3/samples.jsonl: dropped line \d+.*--shard 0/3"),
         (swapped, r"shard-1-of-3: this shard is not complete"),
