@@ -117,6 +117,8 @@ class RayPool:
 
     def _share(self, config: RunConfig) -> tuple[RunConfig, dict[str, int], int]:
         """What every actor gets, and how many there are."""
+        if config.device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {config.device} with --engine ray: Ray chooses the devices; give auto or cpu")
         found = self.ray.cluster_resources()
         gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
         on_gpu = bool(gpus) and config.device in ("auto", "cuda")

@@ -270,6 +270,8 @@ def test_an_actor_per_device(
 def test_more_workers_than_devices_are_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--workers 3: the Ray cluster has 2 CPUs; give 2 or fewer"):
         start(replace(parallel(config, monkeypatch, Ray()), workers=3))
+    with pytest.raises(UsageError, match="--device cuda:1 with --engine ray: Ray chooses the devices"):
+        start(replace(parallel(config, monkeypatch, Ray(GPU=2)), device="cuda:1"))
 
 
 def test_without_ray_one_line_says_how_to_get_it(

@@ -147,6 +147,17 @@ def test_failed_documents_are_merged_as_failed(config: RunConfig, tmp_path: Path
     assert len(merged["errors"]) == 6
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three complete shards, to be copied."""
+    out = tmp_path_factory.mktemp("three") / "parts"
+    names = ("fake-pope", "fake-chair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "_TASKS", {names[0]: fake_eval.FakePope(), names[1]: fake_eval.FakeChair()})
+        in_parts(RunConfig("fake", names, ("greedy", "var"), out, limit=5, batch_size=4, resamples=9), 3)
+    return out
+
+
 def unfinished(parts: Path) -> None:
     path = parts / "shard-1-of-3" / "samples.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -180,7 +191,7 @@ def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Change:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (unfinished, r"shard-1-of-3: this shard is not complete \(fake-chair: 2 of 3 answers\).*--shard 1/3 again"),
+        (unfinished, r"shard-1-of-3: this shard is not complete \(fake-chair: 1 of 2 answers\).*--shard 1/3 again"),
         (interrupted, r"shard-2-of-3: .*status interrupted.*--shard 2/3 again"),
         (torn, r"shard-0-of-3/samples.jsonl: dropped line \d+.*--shard 0/3"),
         (swapped, r"shard-1-of-3: this shard is not complete"),
@@ -199,12 +210,13 @@ def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Change:
         (edit("shard-0-of-3", lambda r: r.pop("shard")), r"shard-0-of-3: not a shard, but a whole run"),
     ],
 )
-def test_what_is_not_the_whole_run_is_refused_by_name(config: RunConfig, damage: Change, words: str) -> None:
-    in_parts(config, 3)
-    damage(config.out)
+def test_what_is_not_the_whole_run_is_refused_by_name(three: Path, tmp_path: Path, damage: Change, words: str) -> None:
+    parts = tmp_path / "parts"
+    shutil.copytree(three, parts)
+    damage(parts)
     with pytest.raises(DataError, match=words):
-        merge([config.out], config.out.with_name("merged"))
-    assert not config.out.with_name("merged").exists()
+        merge([parts], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_shards_cut_with_other_options_are_refused(config: RunConfig) -> None:
