@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mmfix_evals import files
 from mmfix_evals.cli.app import app
+from mmfix_evals.errors import DataError
 
 ORACLE = json.loads((Path(__file__).parent / "oracle.json").read_text())
 CASES = [
@@ -131,3 +132,15 @@ def test_vlind_oracle(shared: Path, tmp_path: Path) -> None:
     (tmp_path / "m.json.gz").write_bytes(gzip.compress(json.dumps(oracle["input"]).encode()))
     found = score("vlind", "--data", tmp_path / "m.json.gz")
     assert sorted(map(str, found["official"].values())) == sorted(map(str, oracle["official"]["all"].values()))
+
+
+def test_conversations_are_scored_question_by_question(tmp_path: Path) -> None:
+    """PAI's two files: six questions in one line, one answer per line without an id."""
+    chats = [{"chat_id": n, "image": "a.jpg", "text": ["A?", "B?"], "label": ["yes", "no"]} for n in (1, 2)]
+    given = [{"ans": text, "label": 1} for text in ("Yes", "No.", "no", "Yes")]
+    put(tmp_path, {"q.jsonl": chats, "a.jsonl": given})
+    found = score("pope", "--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl", "--parser", "opera")
+    assert found["counts"] == {"tp": 1, "fp": 1, "tn": 1, "fn": 1, "n": 4, "n_yes": 2, "n_unparsed": 0, "correct": 2}
+    put(tmp_path, {"q.jsonl": [chats[0], {**chats[1], "label": ["yes"]}]})
+    with pytest.raises(DataError, match=r"q.jsonl, line 2: a conversation needs"):
+        score("pope", "--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "a.jsonl")
