@@ -44,7 +44,7 @@ def scenes_from_coco(folder: str | os.PathLike[str], split: str = SPLIT) -> list
     place = annotation_pair(folder, split)[0]
     names = {}
     for category in instances.get("categories", ()):
-        if category.get("name") not in chair.nodes:
+        if str(category.get("name")) not in chair.nodes:
             raise DataError(f"{place}: category {category.get('name')!r} is not one of COCO's 80; check the file")
         names[category["id"]] = chair.nodes[category["name"]]
     pictures, objects = {}, {}
@@ -64,16 +64,21 @@ def scenes_from_coco(folder: str | os.PathLike[str], split: str = SPLIT) -> list
     return [Scene(pictures[image], tuple(found)) for image, found in objects.items()]
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
 def _read(path: Path) -> dict[str, Any]:
     content = files.read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise DataError(f"{path}: not a COCO annotation file (no list of annotations); check it")
     for key in ("images", "categories"):
         rows = content.get(key, [])
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_id(row.get("id")) for row in rows):
             raise DataError(f"{path}: {key!r} is not a list of objects with an id; check it")
-    if not all(isinstance(row, dict) for row in content["annotations"]):
-        raise DataError(f"{path}: an annotation is not an object; check it")
+    for row in content["annotations"]:
+        if not isinstance(row, dict) or not _is_id(row.get("image_id")) or not _is_id(row.get("category_id", 0)):
+            raise DataError(f"{path}: an annotation is no object with an image; check it")
     if not all(isinstance(row.get("file_name"), str) for row in content.get("images", ())):
         raise DataError(f"{path}: an image has no file_name; check it")
     return content

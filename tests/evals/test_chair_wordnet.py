@@ -14,7 +14,7 @@ import pytest
 
 from mmfix_evals import files
 from mmfix_evals.errors import MissingDependency, UsageError
-from mmfix_evals.metrics import chair, chair_text, chair_wordnet
+from mmfix_evals.metrics import chair, chair_text, chair_wordnet, nltk_data
 from mmfix_evals.metrics.chair import Chair
 from mmfix_evals.metrics.coco_words import DOUBLE_WORDS
 from mmfix_evals.metrics.nltk_data import RESOURCES, missing_resources
@@ -108,6 +108,23 @@ def test_verbs_count_and_the_flavours_differ(monkeypatch: pytest.MonkeyPatch) ->
     assert [(m.node, text[m.start : m.end]) for m in found] == [("person", "man"), ("chair", "SEATED"), ("bus", "bus")]
     assert [m.node for m in Chair().mentions(text)] == ["person"]
     chair_wordnet.tokens.cache_clear()
+
+
+def test_the_tag_decides_the_part_of_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLTK's own steps, with a tagger and a lemmatiser of the test's own."""
+
+    class Lemmatizer:
+        def lemmatize(self, word: str, part: str) -> str:
+            return f"{word}/{part}"
+
+    tags = {"seated": "VBN", "dogs": "NNS", "red": "JJ", "slowly": "RB", "the": "DT"}
+    monkeypatch.setattr(nltk_data, "missing_resources", list)
+    monkeypatch.setattr("nltk.pos_tag", lambda words: [(word, tags[word]) for word in words])
+    monkeypatch.setattr("nltk.stem.WordNetLemmatizer", Lemmatizer)
+    chair_wordnet.toolkit.cache_clear()
+    lemmas = chair_wordnet.toolkit().lemmas(list(tags))
+    chair_wordnet.toolkit.cache_clear()
+    assert lemmas == ["seated/v", "dogs/n", "red/a", "slowly/r", "the/n"]
 
 
 def test_missing_data_is_named_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

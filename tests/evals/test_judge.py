@@ -263,3 +263,31 @@ def test_benchmarks_with_a_judge(server: Server, tmp_path: Path) -> None:
     assert (judged["aAcc"], judged["error_analysis"]["VI"]) == (1.0, 0)
     with pytest.raises(UsageError, match="'verdicts' or 'same'"):
         hallusionbench.judge_files(responses, tmp_path / "x", endpoint(server), tmp_path / "c.jsonl", "all")
+
+
+def test_the_command_shows_the_cost_before_it_sends(server: Server, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mmfix_evals.cli.app import app
+
+    record = {"image_id": "1", "image_content": ["Dog"], "question": "?", "gt_answer": "g", "model_answer": "m"}
+    responses, out = tmp_path / "r.json", tmp_path / "j.jsonl"
+    responses.write_text(json.dumps([record, {**record, "model_answer": "n"}]))
+    words = ["eval", "judge", "mmhal", "--responses", str(responses), "--url", server.url, "--model", "fake", "--out",
+             str(out), "--key-variable", "MMFIX_TEST_KEY", "--price-in", "10", "--price-out", "30"]  # fmt: skip
+    with pytest.raises(UsageError, match="nothing was sent: add --yes"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert server.prompts == []
+    answer = {"choices": [{"message": {"content": "Fine.\nRating: 4"}}], "model": "j-1"}
+    server.script = [(200, {}, json.dumps(answer))] * 2
+    done = CliRunner().invoke(app, [*words, "--yes"], catch_exceptions=False)
+    assert "2 calls to fake" in done.stderr
+    assert "cost about" in done.stderr
+    assert len(server.prompts) == 2
+    scored = ["eval", "score", "mmhal", "--responses", str(responses), "--replies", str(out), "--json"]
+    found = json.loads(CliRunner().invoke(app, scored, catch_exceptions=False).stdout)
+    assert (found["score"], found["judges"]) == (4.0, ["j-1"])
+    CliRunner().invoke(app, words, catch_exceptions=False)  # all answered: nothing to send, no yes needed
+    assert len(server.prompts) == 2
+    assert all(prompt in (tmp_path / "j.jsonl.cache.jsonl").read_text() for prompt in ("Rating: 4", '"fake"'))
+    assert KEY not in (tmp_path / "j.jsonl.cache.jsonl").read_text() + out.read_text()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import bench, build, calibrate, compare, describe, fetch, info, merge, report, run, score, serve
+from mmfix_evals.cli import bench, build, calibrate, compare, describe, fetch, info, judge, merge, report, run, score, serve
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ evaluate.command("merge", epilog=merge.EXAMPLE)(merge.merge_command)
 evaluate.add_typer(score.app, name="score")
 evaluate.add_typer(build.app, name="build")
 evaluate.command("fetch", epilog=fetch.EXAMPLE)(fetch.fetch_command)
+evaluate.command("judge", epilog=judge.EXAMPLE)(judge.judge_command)
 evaluate.command("compare", epilog=compare.COMPARE_EXAMPLE)(compare.compare_command)
 evaluate.command("report", epilog=report.EXAMPLE)(report.report_command)
 evaluate.command("list", epilog=compare.LIST_EXAMPLE)(compare.list_command)

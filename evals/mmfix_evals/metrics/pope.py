@@ -221,7 +221,7 @@ def score_files(
     Returns:
         `PopeScore.to_dict()` with `questions_sha256`, `answers_sha256`, and `splits` and `macro_f1` as said.
     """
-    questions, answers = files.read_rows(questions_path), files.read_rows(answers_path)
+    questions, answers = flat(files.read_rows(questions_path)), files.read_rows(answers_path)
     if not questions:
         raise DataError(f"{questions_path}: contains no questions; give a POPE question file")
     total = score(questions, answers, parser)
@@ -240,6 +240,25 @@ def score_files(
         result["macro_f1"] = macro_mean(splits)
         result["warnings"].append(f"the total mixes the splits {', '.join(categories)}; see their own scores")
     return result
+
+
+def flat(rows: files.Rows) -> files.Rows:
+    """PAI's conversations `{"text": [questions], "label": [labels]}` as single questions, in the order of asking.
+
+    Other rows are returned as they are. PAI's answer files hold one line per answer without an id, in that order.
+    """
+    if not any(isinstance(row.get("text"), list) for row in rows):
+        return rows
+    found, lines = [], []
+    for index, row in enumerate(rows):
+        texts, labels = row.get("text"), row.get("label")
+        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+            raise DataError(f"{rows.place(index)}: a conversation needs a list of questions and one label for each")
+        for turn, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
+            single = {"question_id": f"{row.get('chat_id', index + 1)}/{turn}", "text": text, "label": label}
+            found.append({**row, **single})
+            lines.append(rows.lines[index])
+    return files.Rows(found, rows.path, lines, rows.unit)
 
 
 def _by_category(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfix_evals.errors import DataError
-from mmfix_evals.files import place
+from mmfix_evals.files import Rows, place
 
 ANSWER_KEYS = ("answer", "text", "ans")
 ID = "question_id"
@@ -48,7 +48,7 @@ def answer_texts(questions: Records, answers: Records, warnings: list[str]) -> l
         order = list(range(len(answers)))
         if len(answers) != len(questions):
             raise DataError(
-                f"{len(answers)} answers without {ID} for {len(questions)} questions; "
+                f"{_file(answers)}{len(answers)} answers without {ID} for {len(questions)} questions; "
                 f"add {ID} to the answers or give exactly one answer per question, in the same order"
             )
         if len(answers) > 0:
@@ -74,7 +74,7 @@ def _match(questions: Records, answers: Records) -> list[int]:
     missing = [key for key in wanted if key not in given]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(wanted)} questions have no answer ({ID} {_some(missing)}); "
+            f"{_file(answers)}{len(missing)} of {len(wanted)} questions have no answer ({ID} {_some(missing)}); "
             "answer them or give the question file of these answers"
         )
     unknown = [key for key in given if key not in wanted]
@@ -98,6 +98,11 @@ def _index(records: Records, what: str) -> dict[str, int]:
             raise DataError(f"{again}: {ID} {key} occurs twice (first at {first}); keep one, or score each split alone")
         found[key] = index
     return found
+
+
+def _file(records: Records) -> str:
+    """``file: `` where the records were read from one."""
+    return f"{records.path}: " if isinstance(records, Rows) else ""
 
 
 def _some(keys: Sequence[str]) -> str:
