@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import bench, build, calibrate, compare, describe, fetch, info, judge, merge, report, run, score, serve
+from mmfix_evals.cli import (
+    bench,
+    build,
+    calibrate,
+    compare,
+    describe,
+    fetch,
+    info,
+    judge,
+    merge,
+    report,
+    run,
+    score,
+    serve,
+)
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
