@@ -8,6 +8,7 @@ import typer
 
 from mmfix_evals.cli import (
     bench,
+    bench_scoring,
     build,
     calibrate,
     compare,
@@ -51,6 +52,7 @@ app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)
 app.command("doctor", epilog=info.DOCTOR_EXAMPLE)(info.doctor_command)
 app.add_typer(calibrate.app, name="calibrate")
+bench.app.command("scoring", epilog=bench_scoring.EXAMPLE)(bench_scoring.scoring_command)
 app.add_typer(bench.app, name="bench")
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve_command)
 
