@@ -252,7 +252,7 @@ def table(rows: Sequence[Compiled]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, write the table, and fail when a default variant of width 128 spills or a CUDA target does not compile."""
+    """Compile, write the table; fail when a default variant of width 128 spills or a CUDA target does not compile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for compile.md; without it the table is printed")
     parser.add_argument("--scope", choices=("quick", "table", "all"), default="table", help="how many variants")
