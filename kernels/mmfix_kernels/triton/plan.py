@@ -279,7 +279,7 @@ def prefill_tile(width: int, plan: Plan, wide_scores: bool, masked: bool = False
         return Tile(128, 64, 4, 3) if plan.accumulators == 1 else Tile(64, 32, 4, 2)
     if plan.accumulators == 1:
         return Tile(128, 32, 8, 3) if masked or major < 9 else Tile(128, 64, 8, 3)
-    if plan.accumulators > 3 or (plan.map_bits and major < 9):
+    if plan.accumulators > 3 or (plan.map_bits and major < 9) or (plan.moves and masked and major >= 9):
         return Tile(32, 32, 8, 2)
     return Tile(64, 32, 8, 1 if plan.moves and major > 9 else 2)  # 64 keys at once would spill
 
