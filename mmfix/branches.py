@@ -29,11 +29,14 @@ class VisionEdit:
         variant: "paper" replaces the maps of `layers`; "release" leaves the tower alone and multiplies the features it
             hands to the projector by weights made from one map, as CausalMM's released code does.
         layers: tower layers, negative from the end.
+        part: "tower", or "resampler": the Q-Former or perceiver between tower and language model, whose layers are its
+            attention calls in order (of a Q-Former: self, cross, self, …).
     """
 
     maps: MapReplacement
     variant: VisionVariant = "paper"
     layers: tuple[int, ...] = (-2,)
+    part: Literal["tower", "resampler"] = "tower"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,7 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         if len(mix.weights) != 1 + len(branches):
             raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
         vision = Vision(family, branches, backend)
-        if vision.edits_tower and not family.tower_attentions:
+        if vision.edits_tower and not all(family.looking(p) for p in vision.parts):
             raise UnsupportedModel(
                 f"{family.name}: the vision tower's attention modules cannot be found or replaced, and "
                 f"{one.info.name} changes them; use a method that leaves the vision tower alone"

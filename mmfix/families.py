@@ -15,6 +15,8 @@ from mmfix.errors import UnsupportedModel
 from mmfix.method import Method
 from mmfix.segments import Markers
 
+_RESAMPLERS = ("QFormerModel", "PerceiverResampler")
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -33,6 +35,8 @@ class Family:
         outer: the model as the user has it, when its own ``generate()`` encodes the picture and then drives `model`
             with embeddings (BLIP-2, InstructBLIP); None when it is `model`.
         cross_layers: layers that attend to the picture instead of the prompt (Llama 3.2 Vision).
+        resampler: the Q-Former or perceiver between tower and language model, or None.
+        resampler_attentions: its attention modules, in order.
         markers: token ids that open the sides of a conversation, where a processor told them.
     """
 
@@ -48,6 +52,12 @@ class Family:
     outer: Any = None
     cross_layers: frozenset[int] = frozenset()
     markers: Markers | None = None
+    resampler: Any = None
+    resampler_attentions: tuple[nn.Module, ...] = ()
+
+    def looking(self, part: str) -> tuple[nn.Module, ...]:
+        """Attention modules of a part that looks at the picture: "tower" or "resampler"."""
+        return self.tower_attentions if part == "tower" else self.resampler_attentions
 
     @property
     def num_layers(self) -> int:
@@ -116,6 +126,7 @@ def describe(model: Any) -> Family:
         raise UnsupportedModel(f"{name}: {type(text).__name__} does not tell num_attention_heads and hidden_size")
     tower = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
     tower = None if tower is model or tower is decoder else tower
+    resampler = next((m for m in model.modules() if type(m).__name__.endswith(_RESAMPLERS)), None)
     return Family(
         driven,
         decoder,
@@ -128,6 +139,8 @@ def describe(model: Any) -> Family:
         _tower_attentions(tower),
         None if driven is model else model,
         frozenset(n for n, module in enumerate(attentions) if "CrossAttention" in type(module).__name__),
+        resampler=resampler,
+        resampler_attentions=_projecting(resampler),
     )
 
 
@@ -140,8 +153,11 @@ def why_not(family: Family, method: Method) -> str:
     if method.info.kind == "mask" and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
-    if any(branch.vision is not None for branch in branches) and not family.tower_attentions:
+    parts = {branch.vision.part for branch in branches if branch.vision is not None}
+    if "tower" in parts and not family.tower_attentions:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
+    if "resampler" in parts and not family.resampler_attentions:
+        return "there is no Q-Former or perceiver whose attention can be replaced"
     if not family.cross_layers:
         return ""
     touches_keys = method.masks or type(method).edits is not Method.edits
@@ -203,6 +219,15 @@ def _tower_attentions(tower: Any) -> tuple[nn.Module, ...]:
         module
         for module in tower.modules()
         if type(module).__name__.endswith("Attention") and hasattr(module, "config") and any(module.children())
+    )
+
+
+def _projecting(resampler: Any) -> tuple[nn.Module, ...]:
+    """Attention modules of a resampler: those that project queries themselves."""
+    if resampler is None or not getattr(resampler, "_can_set_attn_implementation", lambda: False)():
+        return ()
+    return tuple(
+        m for m in resampler.modules() if hasattr(m, "config") and (hasattr(m, "q_proj") or hasattr(m, "query"))
     )
 
 

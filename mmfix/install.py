@@ -83,14 +83,18 @@ def _install_vision(family: Family, vision: Vision, stack: ExitStack) -> None:
         base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
     if not vision.edits_tower:
         return
-    family.tower.set_attn_implementation(NAME)
-    for number, module in enumerate(family.tower_attentions):
+    for part in sorted(vision.parts):
+        _install_looking(family, vision, part, stack)
+
+
+def _install_looking(family: Family, vision: Vision, part: str, stack: ExitStack) -> None:
+    """Replace the attention of one part that looks at the picture."""
+    (family.tower if part == "tower" else family.resampler).set_attn_implementation(NAME)
+    for number, module in enumerate(family.looking(part)):
         if getattr(module.config, "_attn_implementation", None) != NAME:
-            raise UnsupportedModel(
-                f"{family.name}: {type(module).__name__} of the vision tower keeps its own attention"
-            )
+            raise UnsupportedModel(f"{family.name}: {type(module).__name__} of the {part} keeps its own attention")
         stack.callback(module.__dict__.pop, ATTRIBUTE, None)
-        module.__dict__[ATTRIBUTE] = TowerState(number, vision)
+        module.__dict__[ATTRIBUTE] = TowerState(number, vision, part)
 
 
 def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:

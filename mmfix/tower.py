@@ -3,12 +3,13 @@
 Towers differ in what one call holds: a picture per batch row (CLIP, SigLIP, InternVL), one picture or window per call
 (Qwen-VL, GLM-4V), all pictures in one row behind a block mask (Pixtral), or pictures with filler patches (Idefics,
 Llama 3.2 Vision). Here each set of patches that see each other is a map of its own, so a map never depends on what
-else is encoded in the same call.
+else is encoded in the same call. A resampler's calls (Q-Former, perceiver) are served too: its queries look at patches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ def replaced(maps: MapReplacement, inputs: dict[str, Any], backend: str | None) 
     seen = _seen(mask)
     for b in range(output.shape[0]):
         for members, keys in _sets(seen[b if seen.shape[0] > 1 else 0].any(0)):
-            part = {name: inputs[name][b : b + 1, :, keys] for name in ("query", "key", "value")}
+            part = {name: inputs[name][b : b + 1, :, keys] for name in ("key", "value")}
+            rows = keys if seen.shape[-1] == seen.shape[-2] else members
+            part["query"] = inputs["query"][b : b + 1, :, rows]
             found = _whole(maps, {**inputs, **part, "mask": None}, backend)
-            output[b, :, members] = found[0, :, torch.isin(keys, members)]
+            output[b, :, members] = found[0, :, torch.isin(rows, members)]
     return output
 
 
@@ -52,7 +55,10 @@ def attention_map(inputs: dict[str, Any]) -> Tensor:
 def _whole(maps: MapReplacement, inputs: dict[str, Any], backend: str | None) -> Tensor:
     key = inputs["key"]
     labels = torch.full((key.shape[0], key.shape[2]), int(Label.IMAGE), dtype=torch.int8, device=key.device)
-    call = AttentionCall(**{**inputs, "is_causal": False}, groups=KeyGroups.plain(labels), edits=[maps])
+    groups = KeyGroups.plain(labels)
+    if inputs["query"].shape[2] != key.shape[2]:  # a resampler's queries are numbered by themselves
+        groups = replace(groups, offset=0)
+    call = AttentionCall(**{**inputs, "is_causal": False}, groups=groups, edits=[maps])
     return grouped_attention(call, backend).output
 
 
@@ -62,8 +68,9 @@ def _seen(mask: Tensor) -> Tensor:
 
 
 def _sets(seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(members, keys): patches that see the same `keys`, themselves among them, from Bool[L, S]."""
-    left = seen.diagonal().clone()
+    """(members, keys): rows that see the same `keys` (patches: themselves among them), from Bool[L, S]."""
+    square = seen.shape[-1] == seen.shape[-2]
+    left = seen.diagonal().clone() if square else seen.any(-1)
     while bool(left.any()):
         keys = seen[int(left.int().argmax())]
         members = left & (seen == keys).all(-1)

@@ -26,11 +26,12 @@ from mmfix_kernels.maps import counter_uniform
 
 
 class TowerState:
-    """What one attention module of the vision tower needs during a mitigation."""
+    """What one attention module of the vision tower (or of the resampler) needs during a mitigation."""
 
-    def __init__(self, layer: int, vision: Vision) -> None:
+    def __init__(self, layer: int, vision: Vision, part: str = "tower") -> None:
         self.layer = layer
         self.vision = vision
+        self.part = part
 
     def prefix(self) -> None:
         """Towers keep no keys."""
@@ -60,6 +61,11 @@ class Vision:
     def edits_tower(self) -> bool:
         """Whether some branch changes the tower itself, not only the picture."""
         return any(branch.vision is not None for branch in self.branches)
+
+    @property
+    def parts(self) -> set[str]:
+        """Parts whose attention some branch edits."""
+        return {branch.vision.part for branch in self.branches if branch.vision is not None}
 
     @property
     def row_looks(self) -> list[int | None]:
@@ -100,7 +106,7 @@ class Vision:
             output = encode(pixels)
             if edit is not None and not self.edited:
                 raise UnsupportedModel(
-                    f"{self.family.name}: layers {edit.layers} of the vision tower never called an attention function "
+                    f"{self.family.name}: layers {edit.layers} of the {edit.part} never called an attention function "
                     "of transformers, so the picture would look the same; use a method that leaves the tower alone"
                 )
             return output
@@ -112,8 +118,8 @@ class Vision:
     def attend(self, state: TowerState, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""
         edit = self.editing
-        layers = len(self.family.tower_attentions)
-        if edit is None or not any(state.layer == layer % layers for layer in edit.layers):
+        layers = len(self.family.looking(state.part))
+        if edit is None or edit.part != state.part or not any(state.layer == layer % layers for layer in edit.layers):
             return tower.plain(inputs, self.backend).transpose(1, 2).contiguous(), None
         self.edited += 1
         if edit.variant == "release":
