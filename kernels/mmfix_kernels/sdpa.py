@@ -212,6 +212,12 @@ def _values(call: AttentionCall, weights: Tensor) -> Tensor:
     return before + _group_matmul(weights[..., shared:], call.value)
 
 
+def _by_item(rows: Tensor, shared: Tensor) -> Tensor:
+    """``rows @ shared`` for [B, H, L, K] and [B, K, N]: one product per batch item, not one per head."""
+    b, h, q_len, width = rows.shape
+    return torch.bmm(rows.reshape(b, h * q_len, width), shared).view(b, h, q_len, -1)
+
+
 class _Members:
     """Float memberships [B, S, n] of key groups, made once per call and shared by its mass moves."""
 
@@ -265,7 +271,7 @@ class _Chunk:
         if self.call.masses != "all" and not last:
             return None
         one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
-        return torch.matmul(weights[:, :, -1:] if last else weights, one_hot[:, None])
+        return _by_item(weights[:, :, -1:] if last else weights, one_hot)
 
     def touched(self, edit: ScoreEdit | MassMove) -> Tensor | None:
         """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
@@ -297,7 +303,7 @@ class _Chunk:
         gate, touched = move.gate, self.touched(move)
         wanted = (move.source, move.target) if gate is None else (move.source, move.target, gate.group, gate.part)
         columns = self.member(*wanted)  # [B, S, 2 or 4]
-        mass = torch.matmul(weights, columns[:, None])  # [B, H, rows, 2 or 4]
+        mass = _by_item(weights, columns)  # [B, H, rows, 2 or 4]
         active = (mass[..., 0] > 0) & (mass[..., 1] > 0)
         if gate is not None:
             active &= self.gate_open(gate, columns, mass[..., 2], mass[..., 3])
@@ -308,7 +314,7 @@ class _Chunk:
         fired[1] += self.count(touched)
         gain = move.share * mass[..., 0] / mass[..., 1].clamp(min=torch.finfo(torch.float32).tiny)
         down, up = active * -move.share, torch.where(active, gain, 0.0)
-        factor = torch.matmul(torch.stack([down, up], dim=-1), columns[..., :2].transpose(-1, -2)[:, None])
+        factor = _by_item(torch.stack([down, up], dim=-1), columns[..., :2].transpose(-1, -2))
         return weights * (1.0 + factor)
 
     def replace_map(self, edit: MapReplacement, weights: Tensor, fired: Tensor) -> Tensor:
