@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("gradio") is None:
         print("mmfix-app: gradio is not installed; run: pip install 'mmfix[app]'", file=sys.stderr)
         return 1
+    if given.mcp and importlib.util.find_spec("mcp") is None:
+        print("mmfix-app: --mcp needs the mcp package; run: pip install 'gradio[mcp]'", file=sys.stderr)
+        return 1
     try:
         launch(
             given.model, given.host, given.port, share=given.share, mcp=given.mcp, runs=given.runs,
