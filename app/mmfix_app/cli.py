@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         print("mmfix-app: gradio is not installed; run: pip install 'mmfix[app]'", file=sys.stderr)
         return 1
     if given.mcp and not _mcp():
-        print(
-            "mmfix-app: --mcp needs the mcp package that gradio uses; run: pip install 'gradio[mcp]'", file=sys.stderr
-        )
+        print("mmfix-app: --mcp needs the mcp package of gradio; run: pip install 'gradio[mcp]'", file=sys.stderr)
         return 1
     try:
         launch(
