@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def launch(
     return demo, address
 
 
+def _mcp() -> bool:
+    """Whether the MCP package is installed in the version that gradio 6 is written for."""
+    try:
+        return metadata.version("mcp").startswith("1.")
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 stopped by the user, 1 the work failed, 2 wrong usage."""
     given = parser().parse_args(argv)
@@ -80,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if importlib.util.find_spec("gradio") is None:
         print("mmfix-app: gradio is not installed; run: pip install 'mmfix[app]'", file=sys.stderr)
+        return 1
+    if given.mcp and not _mcp():
+        print("mmfix-app: --mcp needs the mcp package of gradio; run: pip install 'gradio[mcp]'", file=sys.stderr)
         return 1
     try:
         launch(
