@@ -44,6 +44,8 @@ EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chai
 
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
+	$(EVAL) --methods greedy,plausibility,causalmm,causalmm-vision,causalmm-language,var,vhr,mma \
+	  --split test --limit 200 --out runs/record/tinyworld-methods
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
@@ -51,6 +53,7 @@ record: $(STAMP) ## measure the committed records anew (evals/records)
 	  mkdir -p evals/records/$$(basename $$run) && cp $$run/results.json evals/records/$$(basename $$run)/; done
 
 readme: $(STAMP) ## regenerate the README's tables, example and pictures from the committed records
+	PYTHONPATH=.:tests $(BIN)/python -m families.table
 	$(BIN)/python -m mmfix_evals.tinyworld.card
 	$(BIN)/python -m mmfix_evals.readme --example
 

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mmfix_evals import tables
+from mmfix_evals.bench.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path("evals/records/tinyworld")
 EXAMPLE = Path("docs/example.json")
 PICTURE = Path("docs/example.png")
+METHODS_RECORD = "evals/records/tinyworld-methods"
+SPEED = "kernels/benchmarks/results"
 FULL_TABLE = Path("docs/results.md")
 
 COLUMNS = (
@@ -123,8 +126,17 @@ def generated() -> dict[Path, str]:
     more = f"{notes} [All metrics]({FULL_TABLE}).{rarely_fired(results)}"
     readme = fill(readme, "results", f"{results_table(results)}\n\n{more}")
     readme = fill(readme, "example", example_block(example))
+    speed = speed_table(ROOT / SPEED)
+    readme = fill(
+        readme, "speed", f"{speed.splitlines()[-1]} On a CPU, beside their peers: [docs/speed.md](docs/speed.md)."
+    )
     full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"
-    return {Path("README.md"): readme, FULL_TABLE: full}
+    every = ROOT / METHODS_RECORD / "results.json"
+    if every.is_file():
+        full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
+        full += f"{tables.markdown(json.loads(every.read_text()), True)}\n"
+    paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
+    return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced}
 
 
 def make_example(method: str = "vhr", images: int = 100) -> None:
