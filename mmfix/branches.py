@@ -163,6 +163,19 @@ class Mix:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[B, R, k, V] → [B, k, V] in the same dtype."""
+        mixed = self.combined(logits)
+        if self.beta is not None:
+            mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
+        return mixed.to(logits.dtype)
+
+    def implausible(self, logits: Tensor) -> Tensor:
+        """Bool[B, k, V]: tokens that the cut removes."""
+        assert self.beta is not None
+        factual = logits[:, 0].float()
+        return factual < factual.amax(-1, keepdim=True) + math.log(self.beta)
+
+    def combined(self, logits: Tensor) -> Tensor:
+        """Float32[B, k, V]: the weighted sum alone."""
         branches = logits.float()
         if self.log_probs:
             branches = branches.log_softmax(-1)
@@ -170,11 +183,19 @@ class Mix:
         mixed = factual * self.weights[0]
         for r, weight in enumerate(self.weights[1:], start=1):
             mixed = mixed + weight * branches[:, r]
-        mixed = mixed.masked_fill(factual.isneginf(), float("-inf"))  # never a difference of two infinities
-        if self.beta is not None:
-            keep = factual >= factual.amax(-1, keepdim=True) + math.log(self.beta)
-            mixed = mixed.masked_fill(~keep, float("-inf"))
-        return mixed.to(logits.dtype)
+        return mixed.masked_fill(factual.isneginf(), float("-inf"))  # never a difference of two infinities
+
+    def acts(self, logits: Tensor) -> Tensor:
+        """Bool[B, k]: positions that the branches change by more than rounding; without branches, that the cut does."""
+        if len(self.weights) == 1:
+            return (self.implausible(logits) if self.beta is not None else logits[:, 0].isnan()).any(-1)
+        factual = logits[:, 0].float()
+        if self.log_probs:
+            factual = factual.log_softmax(-1)
+        finite = factual.isfinite()
+        scale = torch.where(finite, factual.abs(), 0.0).amax(-1, keepdim=True)
+        change = torch.where(finite, (self.combined(logits) - factual).abs(), 0.0)
+        return (change > 1e-4 * scale).any(-1)
 
 
 def contrast(gamma: float, branches: int = 1, beta: float | None = None) -> Mix:
@@ -216,10 +237,12 @@ class Rows:
         branches = logits.view(-1, self.count, *logits.shape[1:])
         factual = branches[:, 0]
         mixed = torch.where(has_image[:, None, None], mix(branches), factual)
-        changed = (mixed != factual).any(-1)
+        changed = mix.acts(branches) & has_image[:, None]
         counts = torch.stack([changed.sum(), changed.new_tensor(changed.numel(), dtype=torch.int64)])
         if hasattr(output, "logits"):
             output.logits = mixed
+            if getattr(output, "hidden_states", None) is not None:
+                output.hidden_states = tuple(hidden[:: self.count] for hidden in output.hidden_states)
             return output, counts
         return (mixed, *output[1:]), counts
 
@@ -285,5 +308,15 @@ class CacheRows:
 
     def restore(self) -> None:
         cache = self.cache
-        for name in self._ALL if cache is not None else ():
+        if cache is None:
+            return
+        for name in self._ALL:
             cache.__dict__.pop(name, None)
+        for layer in getattr(cache, "layers", ()):
+            if (
+                getattr(layer, "keys", None) is None
+                or not layer.keys.numel()
+                or getattr(layer, "is_compileable", False)
+            ):
+                continue
+            layer.keys, layer.values = layer.keys[:: self.count], layer.values[:: self.count]

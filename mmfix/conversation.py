@@ -124,6 +124,8 @@ def image_tokens(ids: Tensor | None, shape: torch.Size, image_token_id: int, ima
     Raises:
         MmfixError: neither is there, or the mask does not fit.
     """
+    if image_mask is not None and ids is not None and image_mask.shape[-1] != shape[-1]:
+        image_mask = None  # of an earlier prompt that came as embeddings
     if image_mask is not None:
         image = rows_for(image_mask, shape[0])
         if image.shape != shape:

@@ -179,6 +179,7 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
                 f"{family.name}: the vision tower's attention modules cannot be found or replaced, and "
                 f"{one.info.name} changes them; use a method that leaves the vision tower alone"
             )
+        vision.inside = lambda: session.turn.generating > 0
         session.vision, session.mix, session.mix_owner = vision, mix, owner
         if branches:
             session.expander = Expander(family, branches, vision)

@@ -38,7 +38,6 @@ class Expander:
     def expand(
         self,
         given: Inputs,
-        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         image_mask: Tensor | None,
         length: int,
@@ -52,13 +51,6 @@ class Expander:
             prompt: whether this is a prompt or a further piece of one, and not generated tokens.
             start: prompt tokens that were computed for all rows already; pictures' features are those after them.
         """
-        if len(args) > 1 or (args and given.ids is None):
-            raise MmfixError(
-                "methods with branches need input_ids by keyword (or first) and everything else by keyword; "
-                "call generate(), or model(input_ids=…, …)"
-            )
-        if given.ids is not None:
-            kwargs = {**kwargs, "input_ids": given.ids}
         kwargs = self._prompt(given, kwargs, image_mask, length, start) if prompt else self._step(given, kwargs)
         for name in _PER_ROW:
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] != self.valid.shape[0]:
@@ -76,6 +68,11 @@ class Expander:
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
         kwargs = self._features(given, kwargs, (image & valid)[:, start:])
+        if bool(self.changed.any()) and not bool(valid[:, :length][:, -1].all()):
+            raise MmfixError(
+                "a prompt is padded on its right, and a branch with another prompt (or none of its image) ends on the "
+                "right; pad on the left (processor.tokenizer.padding_side = 'left')"
+            )
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
         gone = self.rows.without_image(batch, image.device)
         self.longer = 0
@@ -197,8 +194,7 @@ class Expander:
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:
         """Attention mask and positions of the rows; those of rows whose prompt changed are made anew."""
         mask = kwargs.get("attention_mask")
-        branches = self.rows.branches
-        changed = torch.tensor([False, *(not b.image or b.prompt is not None for b in branches)], device=valid.device)
+        branches, changed = self.rows.branches, self.changed.to(valid.device)
         if isinstance(mask, dict):
             kwargs["attention_mask"] = {k: None if m is None else self._wide_mask(m, valid) for k, m in mask.items()}
         elif mask is not None and mask.ndim == 4:
@@ -222,12 +218,17 @@ class Expander:
         if positions is not None:
             kwargs["position_ids"] = positions
 
+    @property
+    def changed(self) -> Tensor:
+        """Bool[R]: the rows of a prompt whose tokens are not the factual ones."""
+        return torch.tensor([False, *(not b.image or b.prompt is not None for b in self.rows.branches)])
+
     def _wide_mask(self, mask: Tensor, valid: Tensor) -> Tensor:
         """A 4-D mask for the rows; a row without the image also hides the freed places."""
         if self.longer:
             raise MmfixError("a branch with another prompt needs a 2-D attention mask; call generate(), or pass one")
         wide = self.rows.expand(mask)
-        gone = self.rows.without_image(mask.shape[0], mask.device)
+        gone = self.changed.to(mask.device).repeat(mask.shape[0])
         if not bool(gone.any()):
             return wide
         hidden = torch.zeros(wide.shape[0], wide.shape[-1], dtype=torch.bool, device=mask.device)
@@ -261,10 +262,11 @@ class Expander:
         return found
 
     def restore(self) -> None:
-        """Give caches their own batch operations back."""
+        """Give caches their own batch operations back, and leave in them the factual rows alone."""
         for cache in self.caches:
             cache.restore()
         self.caches.clear()
+        self.image = self.valid = torch.zeros(0, 0, dtype=torch.bool)
 
 
 def _piece_mask(attention_mask: Any, given: Inputs, new: int) -> Tensor:

@@ -98,6 +98,11 @@ def describe(model: Any) -> Family:
         UnsupportedModel: names the fact that could not be found.
     """
     name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            f"{name}: the model was given to torch.compile, around which mmfix cannot reach; pass the model itself and "
+            "let generate() compile its decoding (cache_implementation='static')"
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
         raise UnsupportedModel(

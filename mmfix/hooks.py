@@ -54,7 +54,7 @@ def attention(
         attention_mask: Bool or additive [B, 1, L, S], or None for plain causal (or full) attention.
 
     Returns:
-        The output [B, L, H, D], and the group masses [B, H, L, 8] when ``output_attentions`` asks for them.
+        The output [B, L, H, D], and None: there are no maps to hand out (``output_attentions`` gives none).
     """
     unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unknown:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -51,7 +53,7 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
     _install_calls(family.model, session, stack)
     hook(
         family.model.register_forward_pre_hook(
-            lambda module, args, kwargs: session.begin(args, kwargs), with_kwargs=True
+            lambda module, args, kwargs: session.begin(args, kwargs, sys._getframe(1)), with_kwargs=True
         )
     )
     hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
@@ -124,7 +126,7 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             output = None
             try:
-                args, kwargs = session.begin(args, kwargs) or (args, kwargs)
+                args, kwargs = session.begin(args, kwargs, sys._getframe()) or (args, kwargs)
                 output = forward(*args, **kwargs)
             finally:
                 mixed = session.finish(output)
@@ -132,6 +134,26 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
 
         return call
 
+    original_generate = model.generate
+
+    @functools.wraps(original_generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with session.turn.generation():
+            return original_generate(*args, **kwargs)
+
+    override("generate", generate)
+    prefill = getattr(model, "_prefill", None)
+    if prefill is not None:
+
+        @functools.wraps(prefill)
+        def prefilling(*args: Any, **kwargs: Any) -> Any:
+            session.turn.prefilling = True
+            try:
+                return prefill(*args, **kwargs)
+            finally:
+                session.turn.prefilling = False
+
+        override("_prefill", prefilling)
     override("get_compiled_call", get_compiled_call)
     override("generate_batch", refuse)
     override("init_continuous_batching", refuse)

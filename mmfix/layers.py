@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfix import segments as token_segments
 from mmfix import spans as token_spans
+from mmfix.errors import MmfixError
 from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.segments import MaskEdit, Opened, Segments
@@ -110,6 +111,21 @@ class LayerState:
         """After a pass: count the call."""
         self.calls += self.called
         self.called = False
+
+    def close(self) -> None:
+        """At the end of the block: let go of the prompt."""
+        self.labels = self.sinks = self.opened = self.kept_for = None
+        self.edits, self.owners, self.kept = [], [], {}
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise MmfixError(
+            "a model cannot be copied inside mitigate(), whose state is on its layers; leave the block first"
+        )
+
+    def __reduce__(self) -> Any:
+        raise MmfixError(
+            "a model cannot be pickled inside mitigate(), whose state is on its layers; leave the block first"
+        )
 
     def site(self, spans: TokenSpans, segments: Segments | None = None) -> Site:
         family = self.session.family
@@ -283,7 +299,8 @@ class LayerState:
 
     def _counters(self, device: torch.device) -> Tensor:
         if self.fired is None:
-            self.fired = torch.zeros(len(self.session.methods), 2, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # the counters outlive the caller's mode
+                self.fired = torch.zeros(len(self.session.methods), 2, dtype=torch.int64, device=device)
         return self.fired
 
     def _count(self, fired: Tensor) -> None:

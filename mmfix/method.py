@@ -157,6 +157,18 @@ class Method:
             raise MethodError(f"{label}.{name}={value!r}: give a number from {low:g} to {high:g}")
 
 
+def layer_numbers(name: str, layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """Layer numbers from 0, those counted from the end resolved.
+
+    Raises:
+        MethodError: a number that a model of `count` layers does not have.
+    """
+    wrong = [n for n in layers if not -count <= n < count]
+    if wrong:
+        raise MethodError(f"{name}={tuple(layers)!r}: this model has layers {-count} to {count - 1}")
+    return tuple(sorted({n % count for n in layers}))
+
+
 M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, MethodInfo] = {}
 

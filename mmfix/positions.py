@@ -39,7 +39,9 @@ def rewritten(method: Method, spans: TokenSpans, past: int, length: int) -> Tens
     return torch.cat([prompt, last + steps[None, :]], dim=1)[:, past : past + length]
 
 
-def with_positions(kwargs: dict[str, Any], positions: Tensor, spans: TokenSpans, total: int, name: str) -> Any:
+def with_positions(
+    kwargs: dict[str, Any], positions: Tensor, spans: TokenSpans, total: int, name: str
+) -> dict[str, Any]:
     """Keyword arguments with rewritten positions, and a mask.
 
     Without a mask, positions that do not grow would be taken for several sequences packed into one row.

@@ -14,6 +14,8 @@ OVERRIDES = (
     "forward",
     "get_image_features",
     "get_compiled_call",
+    "generate",
+    "_prefill",
     "generate_batch",
     "init_continuous_batching",
 )
@@ -75,7 +77,13 @@ class PrivateConfigs:
                 module.__dict__["config"] = own
 
     def put_back(self) -> None:
+        """The configs that were there, with what the user set on their copies in the meantime."""
         for module, config in self.replaced:
+            own = module.__dict__.get("config")
+            for name, value in vars(own).items() if type(own) is type(config) else ():
+                simple = not name.startswith("_") and not hasattr(value, "_attn_implementation_internal")
+                if simple and getattr(config, name, None) != value:
+                    setattr(config, name, value)
             module.__dict__["config"] = config
 
 

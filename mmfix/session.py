@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import inspect
 import warnings
 import weakref
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
+from mmfix.turn import Turn
 from mmfix.vision import Vision
 from mmfix_kernels import Rows
 
@@ -82,12 +84,10 @@ class Session:
         self.mass_sum: Tensor | None = None  # Float32[B, 8], over the layers of the current pass
         self.mass_layers = 0
         self._cache: weakref.ref[Any] | None = None
-        self._last: Inputs | None = None
         self._prompt_ids: Tensor | None = None
         self._step_rows: dict[Rows, Tensor | None] = {}
         self._step_first: dict[Rows, int] = {}
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self.turn = Turn()
 
     @property
     def spans(self) -> TokenSpans | None:
@@ -110,22 +110,30 @@ class Session:
 
     # -- once per forward pass ----------------------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Read the inputs of a forward pass of the model: tokens and masks of a prompt, row masks always.
 
-        Returns the inputs expanded to one row per branch, or None when there are no branches.
+        `frame` is that of the call, which lasts as long as the pass. Returns the inputs expanded to one row per branch, or None when there are no branches.
         """
-        self._claim()
+        self.turn.begin(frame)
         if self.family.model.training:
             raise MmfixError(
                 "mitigate() changes attention at inference only and this model is in training mode; call model.eval()"
             )
-        given = Inputs.read(args, kwargs)
+        if args:  # every input by name
+            kwargs = {**_bound(self.family.model, args), **kwargs}
+        if kwargs.get("labels") is not None and self.mix is not None:
+            raise MmfixError(
+                "methods that combine logits have no loss; leave labels out and compute it from the logits"
+            )
+        given = Inputs.read((), kwargs)
         kind = self._kind(given)
-        self._last = given
         self.mass_sum, self.mass_layers = None, 0
         # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
-        guessed = max(0, given.kept - 1) if kind in ("prompt", "piece") and given.cache is not None else 0
+        guessing = self.turn.generating and not self.turn.prefilling and kind == "prompt" and given.cache is not None
+        guessed = max(0, given.kept - 1) if guessing else 0
         length = given.length - guessed
         if kind == "again" and self._prompt_ids is not None:
             length = self._prompt_ids.shape[1]
@@ -141,7 +149,7 @@ class Session:
         expanded = None
         prefix, kwargs = self._prefix(given, kwargs, length) if kind == "prompt" else (0, kwargs)
         if self.branching is not None:
-            expanded = self.branching.expand(given, args, kwargs, self.image_mask, length, kind != "step", prefix)
+            expanded = self.branching.expand(given, kwargs, self.image_mask, length, kind != "step", prefix)
             length += self.branching.longer if kind != "step" else 0
             given = Inputs.read((), expanded)
             if kind == "prompt":
@@ -163,19 +171,18 @@ class Session:
         self.seen = self.current.total
         self._rows(given.like.shape[0], given.length)
         if self.positions is not None:
-            args, expanded = self._rewrite(given, args, expanded if expanded is not None else kwargs)
+            expanded = self._rewrite(given, expanded if expanded is not None else kwargs)
         self.active = True
-        return None if expanded is None else (() if self.branching is not None else args, expanded)
+        if expanded is None:
+            return ((), kwargs) if args else None
+        return (), expanded
 
-    def _rewrite(
-        self, given: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _rewrite(self, given: Inputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with the positions that a method gives them."""
         assert self.positions is not None
         assert self.spans is not None
         new = rewritten(self.positions, self.spans, self.current.past, given.length)
-        name = self.family.name
-        return args, with_positions(kwargs, new, self.spans, self.current.total, name)
+        return with_positions(kwargs, new, self.spans, self.current.total, self.family.name)
 
     def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
         """Compute the start of the prompt that no branch changes, once per prompt.
@@ -191,6 +198,7 @@ class Session:
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and not self.family.cross_layers
+        usual = usual and not kwargs.get("output_hidden_states")
         usual = usual and not self.family.bidirectional  # whose first tokens attend to what follows them
         if self.branching is None or whole or not plain or not usual:
             return 0, kwargs
@@ -227,6 +235,7 @@ class Session:
             self.family.model.forward(**{**inputs, "logits_to_keep": 1})
         finally:
             self.expanding, self.active = True, False
+            self.mass_sum, self.mass_layers = None, 0
         prefixes.share(given.cache, expander.rows.count)
         self._shared = weakref.ref(given.cache)
         return shared, kwargs
@@ -249,49 +258,38 @@ class Session:
         self._unshare()
         if self.expander is not None:
             self.expander.restore()
-
-    def _claim(self) -> None:
-        """Refuse a second thread while a pass is running."""
-        if not self._lock.acquire(blocking=False):
-            if self._owner != threading.get_ident():
-                raise MmfixError(
-                    "a second thread called the model while it was generating inside mitigate(); its prompt would be "
-                    "mixed with the first one's: let one thread at a time generate"
-                )
-            return
-        self._owner = threading.get_ident()
+        self.talk = self._cache = self._prompt_ids = None
+        for state in self.layers:
+            state.close()
 
     def _has_image(self, ids: Tensor | None) -> bool:
         """Whether a prompt holds an image; without one there is nothing to contrast."""
-        if self.image_mask is not None:
-            return bool(self.image_mask.any())
+        mask = self.image_mask
+        if mask is not None and (ids is None or mask.shape[-1] == ids.shape[-1]):
+            return bool(mask.any())
         return ids is not None and bool((ids == self.family.image_token_id).any())
 
     def _kind(self, given: Inputs) -> Kind:
         if not given.past:
             return "again" if given.cache is None and self._is_next_step(given) else "prompt"
-        other = self._cache is not None and self._cache() is not given.cache
-        if self.talk is None or given.past > self.seen or other:
+        if self.talk is None or given.past > self.seen or self._cache is None or self._cache() is not given.cache:
             raise MmfixError(
                 f"the cache holds {given.past} tokens of a prompt that is not the one mitigate() saw last, so its "
                 "image tokens are unknown; enter mitigate() before the prompt is processed, and finish one prompt at "
                 "a time"
             )
-        if given.length > 1 and given.kept != given.length:
+        if self.turn.prefilling or (given.picture is not None and not self.turn.generating):
             return "piece"
-        return "piece" if given.length == 1 and given.picture is not None else "step"
+        guesses = given.kept == given.length and self.turn.generating > 0
+        return "step" if given.length == 1 or guesses else "piece"
 
     def _is_next_step(self, given: Inputs) -> bool:
-        """Whether a pass without a cache is the last one with one token more, as when generating without a cache."""
-        last = None if self._last is None else self._last.ids
-        ids = given.ids
-        if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
+        """Whether ``generate()`` without a cache calls again with the same prompt and what it generated since."""
+        prompt, ids = self._prompt_ids, given.ids
+        if not self.turn.generating or self.turn.prefilling or self.talk is None or prompt is None or ids is None:
             return False
-        assert self._last is not None
-        # Beams may have been reordered since: what they share is the prompt.
-        prompt = self._prompt_ids
-        same = prompt is not None and torch.equal(ids[:, : prompt.shape[1]], prompt)
-        return same and given.picture is self._last.picture
+        longer = ids.shape[0] == prompt.shape[0] and ids.shape[1] > prompt.shape[1]
+        return longer and torch.equal(ids[:, : prompt.shape[1]], prompt)
 
     def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
@@ -409,14 +407,16 @@ class Session:
 
         None leaves the output as it is.
         """
-        if self._owner != threading.get_ident():
+        if not self.turn.end():
             return None
-        self.active, self._owner = False, None
-        self._lock.release()
+        if output is None and self.active:  # it failed half-way: what the cache holds now is not known
+            self.talk = self._cache = self._prompt_ids = None
+        self.active = False
         self.passes += 1
         for state in self.layers:
             state.passed()
-        cache = getattr(output, "past_key_values", None)
+        parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if self.current.prefill and cache is not None:  # called without one, the model makes its own
             self._cache = weakref.ref(cache)
         if self.mix is None or output is None or self.talk is None or not bool(self.talk.image.any()):
@@ -435,6 +435,12 @@ class Session:
 
 _PICTURE = ("pixel_values", "mm_encoder_outputs")
 _TOKENS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+
+
+def _bound(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of ``forward`` by name."""
+    bound: Any = inspect.signature(model.forward).bind_partial(*args)
+    return dict(bound.arguments)
 
 
 def _without_picture(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Vision:
         self.family = family
         self.branches = branches
         self.backend = backend
+        self.inside: Callable[[], bool] = bool  # whether generate() is asking for features
+        self.encoding = False  # whether this object is
         self.looking = False  # whether a look other than the plain one is being taken
         self.editing: VisionEdit | None = None  # its edit of the tower
         self.edited = 0  # attention calls changed in this look
@@ -84,7 +86,8 @@ class Vision:
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            if self.looking or not hasattr(output, "pooler_output"):
+            asked = self.encoding or self.inside()  # a user's own call gets what the model gives
+            if self.looking or not asked or not hasattr(output, "pooler_output"):
                 return output
             pixels, rest = (args[0], args[1:]) if args else (kwargs.pop(first), ())
             return features.pack([output, *self.looks(lambda changed: original(changed, *rest, **kwargs), pixels)])
@@ -176,7 +179,11 @@ class Vision:
             rest["position_ids"] = base.compute_3d_position_ids(**{name: kwargs.get(name) for name in known})
         outputs = dict(kwargs.get("mm_encoder_outputs") or {})
         if given.get("pixel_values") is not None:
-            outputs["image"] = base.get_image_features(**given, return_dict=True)
+            self.encoding = True
+            try:
+                outputs["image"] = base.get_image_features(**given, return_dict=True)
+            finally:
+                self.encoding = False
         return {**rest, "mm_encoder_outputs": outputs}
 
     def _encode_crossed(self, kwargs: dict[str, Any]) -> dict[str, Any]:

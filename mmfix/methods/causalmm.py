@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from mmfix.branches import Branch, Mix, VisionEdit, contrast
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method, layer_numbers, param, register
 from mmfix_kernels import MapReplacement, Rows
 from mmfix_kernels.edits import MapKind
 
@@ -78,6 +79,12 @@ class CausalMM(Method):
             raise MethodError(f"causalmm.variant={self.variant!r}: choose 'paper' or 'release'")
         if self.language_layers is not None:
             object.__setattr__(self, "language_layers", tuple(int(n) for n in self.language_layers))
+
+    def prepare(self, family: Family) -> CausalMM:
+        if self.language_layers is None:
+            return self
+        layers = layer_numbers(f"{self.info.name}.language_layers", self.language_layers, family.num_layers)
+        return dataclasses.replace(self, language_layers=layers)
 
     def branches(self, family: Family) -> Sequence[Branch]:
         if self.gamma == 0:

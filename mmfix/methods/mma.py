@@ -9,7 +9,7 @@ from typing import Literal
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site, layer_numbers, param, register
 from mmfix.segments import MaskEdit, Role
 
 
@@ -51,6 +51,9 @@ class MMA(Method):
                 object.__setattr__(self, name, tuple(int(n) for n in value))
 
     def prepare(self, family: Family) -> MMA:
+        if self.layers is not None:
+            layers = layer_numbers("mma.layers", self.layers, family.num_layers)
+            self = dataclasses.replace(self, layers=layers)
         if self.until == "prompt" or self.marker:
             return self
         if family.markers is None:

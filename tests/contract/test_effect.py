@@ -138,8 +138,8 @@ def test_two_images_in_one_prompt(model: Any, name: str) -> None:
     with mmfix.mitigate(model, active(name), telemetry=True) as fix:
         out = vlm.greedy(model, inputs)
         labels = fix._session.spans.labels[0]
+        assert int(fix.image_tokens[0].sum()) == 2 * vlm.IMAGE_TOKENS
     assert (out.logits[0] - plain.logits[0]).abs().max() > 1e-2
-    assert int(fix._session.spans.image[0].sum()) == 2 * vlm.IMAGE_TOKENS
     assert labels[:3].tolist() == [mmfix.engine.reports.Label.SYSTEM] * 3
     between = labels[3 + vlm.IMAGE_TOKENS : 6 + vlm.IMAGE_TOKENS]
     assert set(between.tolist()) <= {mmfix.engine.reports.Label.TEXT}

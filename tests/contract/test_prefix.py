@@ -68,7 +68,7 @@ def test_the_prefix_is_stored_once(llava: Any, monkeypatch: pytest.MonkeyPatch) 
         assert layers[0].prefix_keys.shape[:3] == (2, vlm.HEADS, shared)
         assert layers[0].keys.shape[:3] == (4, vlm.HEADS, total - shared)
     assert type(out.past_key_values.layers[0]).__name__ == "DynamicLayer", "what lives on is an ordinary cache"
-    assert out.past_key_values.layers[0].keys.shape[:3] == (4, vlm.HEADS, total)
+    assert out.past_key_values.layers[0].keys.shape[:3] == (2, vlm.HEADS, total), "and holds the factual rows alone"
 
 
 def test_what_is_shared_depends_on_what_a_branch_changes() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -194,3 +196,107 @@ def test_a_second_thread_is_refused_and_the_first_goes_on(llava: Any) -> None:
         again = vlm.greedy(llava, inputs, 4)
     for got in (results[0], again):
         assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def test_another_prompt_between_steps_is_not_continued(llava: Any) -> None:
+    """A prompt scored without a cache in between: the first one's next step is refused, not given other spans."""
+    first, second = vlm.one(), vlm.one(5, after=12, system=7)
+    total = first["input_ids"].shape[1]
+    step = {"input_ids": torch.tensor([[17]]), "attention_mask": torch.ones(1, total + 1)}
+    with torch.no_grad(), mmfix.mitigate(llava, active("var")):
+        out = llava(**first, use_cache=True)
+        llava(**second, use_cache=False)
+        with pytest.raises(MmfixError, match="not the one mitigate"):
+            llava(**step, past_key_values=out.past_key_values)
+
+
+def test_a_thread_between_the_steps_of_a_generation_is_refused(llava: Any) -> None:
+    inputs, failures = vlm.one(), []
+
+    def other() -> None:
+        try:
+            vlm.logits(llava, vlm.one(5))
+        except MmfixError as error:
+            failures.append(str(error))
+
+    def between(ids: Any, scores: Any) -> Any:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return scores
+
+    with mmfix.mitigate(llava, active("var")):
+        want = vlm.greedy(llava, inputs, 3)
+        got = vlm.greedy(llava, inputs, 3, logits_processor=[between])
+    assert len(failures) == 3
+    assert "second thread" in failures[0]
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def test_a_call_from_inside_a_pass_is_refused(llava: Any) -> None:
+    handle = llava.model.language_model.layers[4].register_forward_hook(lambda *_: vlm.logits(llava, vlm.one(5)))
+    try:
+        with mmfix.mitigate(llava, active("causalmm-language")), pytest.raises(MmfixError, match="inside its own"):
+            vlm.logits(llava, vlm.one())
+    finally:
+        handle.remove()
+
+
+def test_after_an_interrupt_another_thread_may_go_on(llava: Any) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    results: list[Any] = []
+    with mmfix.mitigate(llava, active("var")):
+        handle = llava.lm_head.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            vlm.logits(llava, vlm.one())
+        handle.remove()
+        thread = threading.Thread(target=lambda: results.append(vlm.logits(llava, vlm.one())))
+        thread.start()
+        thread.join()
+    assert len(results) == 1
+
+
+def test_no_loss_of_mixed_logits_and_no_copy_inside_the_block(llava: Any) -> None:
+    inputs = vlm.one()
+    with mmfix.mitigate(llava, active("causalmm-language")):
+        with pytest.raises(MmfixError, match="no loss"):
+            llava(**inputs, labels=inputs["input_ids"])
+        with pytest.raises(MmfixError, match="leave the block"):
+            copy.deepcopy(llava)
+    with pytest.raises(MethodError, match="layers -5 to 4"), mmfix.mitigate(llava, "mma", until="prompt", layers=(99,)):
+        pass
+
+
+def test_counters_outlive_inference_mode_and_caches_do_not_outlive_their_use(llava: Any) -> None:
+    with mmfix.mitigate(llava, active("var")) as fix:
+        with torch.inference_mode():
+            llava(**vlm.one())
+        vlm.logits(llava, vlm.one())
+        out = vlm.greedy(llava, vlm.one(), 2)
+        cache = weakref.ref(out.past_key_values)
+        del out
+        gc.collect()
+        assert cache() is None
+    assert fix.report().fired["var"].fired > 0
+
+
+def test_positional_inputs_and_logits_to_keep_change_nothing(llava: Any) -> None:
+    inputs = vlm.batch([vlm.tokens(3, "image", 6)], vlm.picture(), width=26)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    names = ("input_ids", "pixel_values", "attention_mask", "position_ids")
+    with torch.no_grad(), mmfix.mitigate(llava, active("vhr")):
+        want = llava(**inputs).logits[:, -1]
+        placed = llava(*(inputs[name] for name in names)).logits[:, -1]
+        kept = llava(**inputs, use_cache=True, logits_to_keep=5).logits[:, -1]
+    assert torch.equal(placed, want)
+    torch.testing.assert_close(kept, want, atol=1e-5, rtol=0)
+
+
+def test_a_contrast_that_edits_no_layer_never_fires(llava: Any) -> None:
+    with mmfix.mitigate(llava, "causalmm-language", language_layers=()) as fix:
+        vlm.greedy(llava, vlm.one(), 3)
+        report = fix.report()
+    assert report.fired["causalmm-language"].fired == 0
+    assert any("never fired" in note for note in report.notes)

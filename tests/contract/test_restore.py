@@ -136,7 +136,8 @@ def test_generator_closed_early(model: Any, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "message"), [("put_back", "config was replaced"), ("pop", "mmfix state"), ("remove", "still has a hook")]
+    ("kept", "message"),
+    [("put_back", "config was replaced"), ("pop", "get_compiled_call was replaced"), ("remove", "still has a hook")],
 )
 def test_a_removal_that_fails_raises(llava: Any, kept: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Forgetful(contextlib.ExitStack):
