@@ -115,7 +115,10 @@ class Session:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Read the inputs of a forward pass of the model: tokens and masks of a prompt, row masks always.
 
-        `frame` is that of the call, which lasts as long as the pass. Returns the inputs expanded to one row per branch, or None when there are no branches.
+        Args:
+            frame: of the call of the model, which lasts as long as the pass.
+
+        Returns the inputs expanded to one row per branch, or None when there are no branches.
         """
         self.turn.begin(frame)
         if self.family.model.training:
