@@ -1,9 +1,10 @@
 """The methods, one file each. Importing this package fills the registry."""
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
+from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.var import VAR
 from mmfix.methods.vhr import VHR
 
-__all__ = ["MMA", "VAR", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
+__all__ = ["MAS", "MMA", "VAR", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
