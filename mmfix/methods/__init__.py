@@ -4,7 +4,8 @@ from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.sofa import SoFA
 from mmfix.methods.var import VAR
 from mmfix.methods.vhr import VHR
 
-__all__ = ["MAS", "MMA", "VAR", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
+__all__ = ["MAS", "MMA", "VAR", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility", "SoFA"]

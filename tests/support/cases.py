@@ -35,9 +35,10 @@ CASES: dict[str, Case] = {
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
 }
-# The plausibility cut alone is a control: it leaves attention and the kept logits as they are, so it is not held to
-# what a method must do; tests/contract/test_branches.py has its tests.
-NAMES = tuple(name for name in methods() if name != "plausibility")
+# Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
+# logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
+# (tests/methods/test_sofa.py).
+NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
