@@ -31,6 +31,7 @@ CASES: dict[str, Case] = {
     "vhr": Case(identity={"alpha": 1.0}),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "lqcd": Case(active={"leading": (41, 42, 43, 44), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
