@@ -18,10 +18,12 @@ class Case:
     Args:
         active: with these it changes the logits of every prompt with an image.
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
+        whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
     """
 
     active: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] | None = None
+    whole_pictures: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -30,6 +32,7 @@ CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "cca": Case(whole_pictures=True),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "lqcd": Case(active={"leading": (41, 42, 43, 44), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
