@@ -36,7 +36,9 @@ def rewritten(method: Method, spans: TokenSpans, past: int, length: int) -> Tens
         )
     last = prompt.masked_fill(~spans.valid, -1).amax(-1, keepdim=True)
     steps = torch.arange(1, max(0, past + length - spans.length) + 1, device=prompt.device)
-    return torch.cat([prompt, last + steps[None, :]], dim=1)[:, past : past + length]
+    every = torch.cat([prompt, last + steps[None, :]], dim=1)
+    # A slice keeps the strides of the whole, which grow from step to step; a compiled graph would not fit again.
+    return every[:, past : past + length].clone(memory_format=torch.contiguous_format)
 
 
 def with_positions(kwargs: dict[str, Any], positions: Tensor, spans: TokenSpans, total: int, name: str) -> Any:
