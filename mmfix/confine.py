@@ -18,6 +18,7 @@ from mmfix.errors import ConflictError
 from mmfix.families import Family
 from mmfix.method import Method, Site
 from mmfix.segments import MaskEdit
+from mmfix.spans import TokenSpans
 from mmfix_kernels import Edit, HeadScale, MapReplacement, MassMove, ScoreEdit
 
 # The answers that this module knows how to confine, or that change nothing by themselves. A method that gives another
@@ -25,7 +26,7 @@ from mmfix_kernels import Edit, HeadScale, MapReplacement, MassMove, ScoreEdit
 KNOWN = frozenset(
     {
         *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
-        *("scales_text_only", "branches", "mix"),
+        *("scales_text_only", "branches", "mix", "positions", "rewrites_positions"),
     }
 )
 
@@ -52,10 +53,21 @@ class _Confined:
     def masks(self) -> bool:
         return type(self).__mro__[2].mask is not Method.mask  # type: ignore[attr-defined]
 
+    def positions(self, spans: TokenSpans) -> Tensor:
+        found: Tensor = super().positions(spans)  # type: ignore[misc]
+        return torch.where(self._of(spans)[:, None], found, (spans.valid.long().cumsum(-1) - 1).clamp(min=0))
+
+    @property
+    def rewrites_positions(self) -> bool:
+        return type(self).__mro__[2].positions is not Method.positions  # type: ignore[attr-defined]
+
     def _rows(self, site: Site) -> Tensor:
+        return self._of(site.spans)
+
+    def _of(self, spans: TokenSpans) -> Tensor:
         """Bool[rows] of the batch at hand, branches included."""
-        chosen = torch.tensor(self._prompts, device=site.spans.image.device)
-        return chosen.repeat_interleave(site.spans.image.shape[0] // len(self._prompts))
+        chosen = torch.tensor(self._prompts, device=spans.image.device)
+        return chosen.repeat_interleave(spans.image.shape[0] // len(self._prompts))
 
     def head_scale(self, site: Site, heads: Tensor, text_only: Tensor) -> HeadScale:
         edit: HeadScale = super().head_scale(site, heads, text_only)  # type: ignore[misc]

@@ -78,6 +78,10 @@ class Expander:
         self.longer = 0
         if given.ids is None:
             assert given.embeds is not None
+            if any(branch.prompt is not None for branch in self.rows.branches):
+                raise MmfixError(
+                    "the prompt came as inputs_embeds, and a branch puts other token ids into it; pass input_ids"
+                )
             embeds = self.rows.expand(given.embeds)
             if self.outer is not None:
                 embeds = self.outer.row_embeddings(given.embeds, image & valid, self.vision.row_looks)
@@ -124,6 +128,11 @@ class Expander:
         """Rows whose prompt is changed, all rows left-padded to one width; guesses after the prompt stay last."""
         if given.past:
             raise MmfixError("a branch with another prompt cannot follow a prompt in pieces; give the prompt at once")
+        if not bool(valid[:, length - 1].all()):
+            raise MmfixError(
+                "prompts are padded on the right, and a branch with another prompt has its end at another place; pad "
+                "on the left (padding_side='left')"
+            )
         prompts: list[tuple[Tensor, Tensor]] = []
         for row in range(ids.shape[0]):
             branch = row % self.rows.count
@@ -224,7 +233,7 @@ class Expander:
         return torch.tensor([False, *(not b.image or b.prompt is not None for b in self.rows.branches)])
 
     def _wide_mask(self, mask: Tensor, valid: Tensor) -> Tensor:
-        """A 4-D mask for the rows; a row without the image also hides the freed places."""
+        """A 4-D mask for the rows; that of a row whose prompt is not the factual one is made of its own tokens."""
         if self.longer:
             raise MmfixError("a branch with another prompt needs a 2-D attention mask; call generate(), or pass one")
         wide = self.rows.expand(mask)

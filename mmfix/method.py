@@ -104,7 +104,7 @@ class Method:
         return type(self).mask is not Method.mask
 
     def positions(self, spans: TokenSpans) -> Tensor:
-        """Int64[B, T]: the position of every prompt token; generated ones count on from the last one's."""
+        """Int64[B, T]: the position of every prompt token; generated ones count on from the largest."""
         raise NotImplementedError
 
     @property

@@ -23,7 +23,7 @@ def rewriting(methods: Sequence[Method]) -> Method | None:
 
 
 def rewritten(method: Method, spans: TokenSpans, past: int, length: int) -> Tensor:
-    """Int64[B, length]: positions of the tokens past: of a batch; those after the prompt count on from its last one.
+    """Int64[B, length]: positions of the tokens past: of a batch; those after the prompt count on from its largest one.
 
     Raises:
         ValueError: the method's answer is not one position per prompt token.
@@ -34,9 +34,11 @@ def rewritten(method: Method, spans: TokenSpans, past: int, length: int) -> Tens
             f"{method.info.name}.positions gave {tuple(prompt.shape)}, expected one per token, "
             f"{tuple(spans.image.shape)}"
         )
-    last = prompt.gather(1, spans.last[:, None])
+    last = prompt.masked_fill(~spans.valid, -1).amax(-1, keepdim=True)
     steps = torch.arange(1, max(0, past + length - spans.length) + 1, device=prompt.device)
-    return torch.cat([prompt, last + steps[None, :]], dim=1)[:, past : past + length]
+    every = torch.cat([prompt, last + steps[None, :]], dim=1)
+    # A slice keeps the strides of the whole, which grow from step to step; a compiled graph would not fit again.
+    return every[:, past : past + length].clone(memory_format=torch.contiguous_format)
 
 
 def with_positions(

@@ -6,7 +6,7 @@ query roles, key roles and a relation, and :func:`opened` turns it into the pair
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, Literal
@@ -31,6 +31,8 @@ class Role(IntFlag):
 
 
 Relation = Literal["any", "same_turn", "same_image", "other_image", "same_block"]
+# A relation of a method's own, hashable: (segments, query rows) -> Bool[B, rows, T].
+PairRelation = Callable[["Segments", slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class MaskEdit:
     Args:
         queries, keys: sets of roles.
         relation: "any"; "same_turn"; "same_image" or "other_image" (both tokens of images); "same_block" (both of the
-            system text, or both of one user turn, its images included).
+            system text, or both of one user turn, its images included); or a hashable callable of the method's own,
+            which is given the segments and the query rows and returns Bool[B, rows, T].
         allow: True opens pairs that the causal mask hides; False hides pairs that it shows.
         share: the rows attend ``(1 - share)`` as before and `share` with the pairs changed, in outputs; 0 to 1.
         batch: Bool[B], the prompts that are touched; None means all.
@@ -64,7 +67,7 @@ class MaskEdit:
 
     queries: Role
     keys: Role
-    relation: Relation = "any"
+    relation: Relation | PairRelation = "any"
     allow: bool = True
     share: float = 1.0
     batch: Tensor | None = field(default=None, compare=False)
@@ -147,7 +150,9 @@ def pairs(segments: Segments, edit: MaskEdit, start: int, stop: int) -> Tensor:
     rows = slice(start, stop)
     chosen = segments.among(edit.queries)[:, rows, None] & segments.among(edit.keys)[:, None, :]
     q_image, k_image = segments.image[:, rows, None], segments.image[:, None, :]
-    if edit.relation == "same_image":
+    if callable(edit.relation):
+        chosen &= edit.relation(segments, rows)
+    elif edit.relation == "same_image":
         chosen &= (q_image == k_image) & (q_image >= 0)
     elif edit.relation == "other_image":
         chosen &= (q_image != k_image) & (q_image >= 0) & (k_image >= 0)

@@ -18,10 +18,14 @@ class Case:
     Args:
         active: with these it changes the logits of every prompt with an image.
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
+        whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
+        other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
     """
 
     active: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] | None = None
+    whole_pictures: bool = False
+    other_prompt: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -30,13 +34,21 @@ CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "cca": Case(whole_pictures=True),
+    "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "lqcd": Case(
+        active={"leading": (11, 12, 13, 14), "beta": 1e-9},
+        identity={"alpha": 0.0, "beta": 1e-9},
+        other_prompt=True,
+    ),
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
 }
-# The plausibility cut alone is a control: it leaves attention and the kept logits as they are, so it is not held to
-# what a method must do; tests/contract/test_branches.py has its tests.
-NAMES = tuple(name for name in methods() if name != "plausibility")
+# Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
+# logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
+# (tests/methods/test_sofa.py).
+NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
@@ -45,3 +57,8 @@ TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
 def active(name: str) -> Method:
     """The method with parameters that make it act on tiny models."""
     return method(name, **CASES.get(name, Case()).active)
+
+
+def case_of(chosen: Method) -> Case:
+    """What is known of a method's behaviour on tiny models."""
+    return CASES.get(chosen.info.name, Case())
