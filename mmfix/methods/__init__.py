@@ -1,10 +1,11 @@
 """The methods, one file each. Importing this package fills the registry."""
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
+from mmfix.methods.icd import ICD
 from mmfix.methods.mma import MMA
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
 
-__all__ = ["MMA", "VAR", "VCD", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
+__all__ = ["ICD", "MMA", "VAR", "VCD", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
