@@ -3,9 +3,21 @@
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.icd import ICD
 from mmfix.methods.mma import MMA
+from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
 
-__all__ = ["ICD", "MMA", "VAR", "VCD", "VHR", "CausalMM", "CausalMMLanguage", "CausalMMVision", "Plausibility"]
+__all__ = [
+    "ICD",
+    "MMA",
+    "PAI",
+    "VAR",
+    "VCD",
+    "VHR",
+    "CausalMM",
+    "CausalMMLanguage",
+    "CausalMMVision",
+    "Plausibility",
+]
