@@ -5,6 +5,7 @@ from mmfix.methods.icd import ICD
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
@@ -13,6 +14,7 @@ __all__ = [
     "ICD",
     "MMA",
     "PAI",
+    "VAF",
     "VAR",
     "VCD",
     "VHR",
