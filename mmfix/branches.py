@@ -139,21 +139,45 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """A contrast that grows with the answer: at generated token t its strength is ``exp(rate (t + start)) - 1``.
+
+    That is ``(1 - g) / g`` with ``g = exp(-rate (t + start))``, M3ID's weight (arXiv:2403.14003).
+
+    Args:
+        rate: growth per token, at least 0; 0 never contrasts.
+        start: t of the first generated token; tokens of the prompt have it too.
+        limit: the largest strength.
+    """
+
+    rate: float
+    start: int = 0
+    limit: float = 1e6
+
+    def __call__(self, steps: Tensor) -> Tensor:
+        """Float32[k] of Int64[k]: 0 for the first generated token (and before), 1 for the second, and so on."""
+        return torch.expm1(self.rate * (steps.float() + self.start)).clamp(max=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mix:
     """How the logits of the branches combine, and which tokens stay plausible.
 
     ``z = sum_r weights[r] * l_r``, then ``z_v = -inf`` unless ``l_v >= log(beta) + max l`` on the factual logits l (the
-    adaptive plausibility cut, in float32, before temperature and warpers).
+    adaptive plausibility cut, in float32, before temperature and warpers). With a growth f, what the weights add to l
+    is multiplied by f(t), t counting generated tokens: ``z = l + f(t) (sum_r weights[r] * l_r - l)``.
 
     Args:
         weights: one per branch, the factual one first; they sum to 1, so that equal branches change nothing.
         beta: of the plausibility cut, in (0, 1]; None for no cut.
         log_probs: combine log-probabilities instead of logits.
+        growth: how strong the contrast is at each generated token; None means 1 at all of them.
     """
 
     weights: tuple[float, ...]
     beta: float | None = None
     log_probs: bool = False
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         if abs(sum(self.weights) - 1.0) > 1e-6:
@@ -161,8 +185,14 @@ class Mix:
         if self.beta is not None and not 0.0 < self.beta <= 1.0:
             raise MethodError(f"plausibility cut beta={self.beta}: give a number in (0, 1], or None")
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[B, R, k, V] → [B, k, V] in the same dtype."""
+    def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
+        """[B, R, k, V] → [B, k, V] in the same dtype.
+
+        Args:
+            logits: of every branch, at k positions.
+            steps: Int64[k], number of the generated token that each position predicts, 0 for the first and in the
+                prompt; needed where the contrast grows.
+        """
         branches = logits.float()
         if self.log_probs:
             branches = branches.log_softmax(-1)
@@ -170,6 +200,11 @@ class Mix:
         mixed = factual * self.weights[0]
         for r, weight in enumerate(self.weights[1:], start=1):
             mixed = mixed + weight * branches[:, r]
+        if self.growth is not None:
+            if steps is None:
+                raise MethodError("a contrast that grows needs the number of each generated token; give steps")
+            strength = self.growth(steps)[:, None]  # 0 leaves the factual logits, also where they are infinite
+            mixed = torch.where(strength == 0, factual, factual + strength * (mixed - factual))
         mixed = mixed.masked_fill(factual.isneginf(), float("-inf"))  # never a difference of two infinities
         if self.beta is not None:
             keep = factual >= factual.amax(-1, keepdim=True) + math.log(self.beta)
@@ -206,16 +241,20 @@ class Rows:
     def expand(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return tensor.repeat_interleave(self.count, dim=dim)
 
-    def fold(self, output: Any, mix: Mix, has_image: Tensor) -> tuple[Any, Tensor]:
+    def fold(self, output: Any, mix: Mix, has_image: Tensor, beyond: int = 0) -> tuple[Any, Tensor]:
         """A model output whose logits are mixed, and counts of positions changed and seen.
 
         Args:
             has_image: Bool[B]; a prompt without an image keeps its factual logits.
+            beyond: generated tokens up to the output's last position; negative inside the prompt.
         """
         logits = output.logits if hasattr(output, "logits") else output[0]
         branches = logits.view(-1, self.count, *logits.shape[1:])
         factual = branches[:, 0]
-        mixed = torch.where(has_image[:, None, None], mix(branches), factual)
+        steps = None
+        if mix.growth is not None:
+            steps = torch.arange(beyond - factual.shape[1] + 1, beyond + 1, device=factual.device).clamp(min=0)
+        mixed = torch.where(has_image[:, None, None], mix(branches, steps), factual)
         changed = (mixed != factual).any(-1)
         counts = torch.stack([changed.sum(), changed.new_tensor(changed.numel(), dtype=torch.int64)])
         if hasattr(output, "logits"):

@@ -77,9 +77,9 @@ class _ConfinedMix(Mix):
 
     prompts: tuple[bool, ...] = ()
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         chosen = torch.tensor(self.prompts, device=logits.device)
-        return torch.where(chosen[:, None, None], super().__call__(logits), logits[:, 0])
+        return torch.where(chosen[:, None, None], super().__call__(logits, steps), logits[:, 0])
 
 
 def confine(method: Method, prompts: Sequence[bool]) -> Method:

@@ -423,7 +423,7 @@ class Session:
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
-        output, changed = rows.fold(output, self.mix, has_image)
+        output, changed = rows.fold(output, self.mix, has_image, self.current.total - self.talk.spans.length)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 

@@ -2,6 +2,7 @@
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.icd import ICD
+from mmfix.methods.m3id import M3ID
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
@@ -12,6 +13,7 @@ from mmfix.methods.vhr import VHR
 
 __all__ = [
     "ICD",
+    "M3ID",
     "MMA",
     "PAI",
     "VAF",
