@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package fills the registry."""
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
+from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
 from mmfix.methods.m3id import M3ID
 from mmfix.methods.mma import MMA
@@ -12,6 +13,7 @@ from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
 
 __all__ = [
+    "HGAI",
     "ICD",
     "M3ID",
     "MMA",

@@ -33,6 +33,7 @@ CASES: dict[str, Case] = {
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(active={"tokens": (41, 42), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
