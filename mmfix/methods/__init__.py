@@ -7,6 +7,7 @@ from mmfix.methods.m3id import M3ID
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
@@ -18,6 +19,7 @@ __all__ = [
     "M3ID",
     "MMA",
     "PAI",
+    "SPIN",
     "VAF",
     "VAR",
     "VCD",

@@ -37,6 +37,7 @@ CASES: dict[str, Case] = {
     "icd": Case(active={"tokens": (41, 42), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
+    "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
