@@ -241,15 +241,17 @@ class Rows:
     def expand(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return tensor.repeat_interleave(self.count, dim=dim)
 
-    def fold(self, output: Any, mix: Mix, has_image: Tensor, beyond: int = 0) -> tuple[Any, Tensor]:
+    def fold(self, output: Any, mix: Mix, has_image: Tensor, length: int, beyond: int = 0) -> tuple[Any, Tensor]:
         """A model output whose logits are mixed, and counts of positions changed and seen.
 
         Args:
             has_image: Bool[B]; a prompt without an image keeps its factual logits.
+            length: positions that were asked for; rows with a longer prompt have more.
             beyond: generated tokens up to the output's last position; negative inside the prompt.
         """
         logits = output.logits if hasattr(output, "logits") else output[0]
-        branches = logits.view(-1, self.count, *logits.shape[1:])
+        logits = logits[:, -length:]
+        branches = logits.reshape(-1, self.count, *logits.shape[1:])
         factual = branches[:, 0]
         steps = None
         if mix.growth is not None:
@@ -264,7 +266,9 @@ class Rows:
 
 
 def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of `rows` without their image tokens, pushed to the right; the others as they are.
+    """Prompts of `rows` without their image tokens, the others as they are.
+
+    What is left is pushed to the right, up to where the prompt ended, so that the text after the image stays in place.
 
     Args:
         ids: [N, T], or embeddings [N, T, hidden].
@@ -274,7 +278,9 @@ def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int
         `ids` and `valid`, in the same shapes.
     """
     keep = valid & ~image
-    order = torch.argsort(keep.int(), dim=-1, stable=True)
+    places = torch.arange(valid.shape[1], device=valid.device)
+    after = places > torch.where(valid, places, -1).amax(-1, keepdim=True)  # padding on the right
+    order = torch.argsort(keep.int() + 2 * after.int(), dim=-1, stable=True)
     short_valid = keep.gather(1, order)
     wide = order if ids.ndim == 2 else order[..., None].expand_as(ids)
     empty, chosen = ~short_valid, rows[:, None]

@@ -423,7 +423,9 @@ class Session:
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
-        output, changed = rows.fold(output, self.mix, has_image, self.current.total - self.talk.spans.length)
+        assert self._last is not None
+        beyond = self.current.total - self.talk.spans.length
+        output, changed = rows.fold(output, self.mix, has_image, self._last.length, beyond)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 

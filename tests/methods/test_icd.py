@@ -87,3 +87,20 @@ def test_what_is_missing_is_said(llava: Any) -> None:
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=f"icd.{next(iter(wrong))}"):
         ICD(**wrong)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_a_direct_call_stay_where_their_tokens_are(llava: Any, side: str) -> None:
+    """A longer prompt in the branch changes no shape, and padding on either side no alignment."""
+    inputs = vlm.batch(plain.ROWS, plain.ragged()["pixel_values"], side=side)
+    last = [len(row) - 1 if side == "right" else -1 for row in plain.ROWS]
+    factual = vlm.logits(llava, inputs)
+    other = [
+        vlm.batch([disturbed(row, "after_image")], vlm.picture(1, 2)[n : n + 1]) for n, row in enumerate(plain.ROWS)
+    ]
+    with mmfix.mitigate(llava, ICD(tokens=WORDS, alpha=0.7, beta=1e-9)):
+        got = vlm.logits(llava, inputs)
+    assert got.shape == factual.shape
+    for n, place in enumerate(last):
+        want = 1.7 * factual[n, place] - 0.7 * plain.newest(llava, other[n])[0]
+        assert (got[n, place] - want).abs().max() < 2e-4
