@@ -327,6 +327,11 @@ class Session:
     def _check_piece(self, past: int) -> None:
         """Refuse what cannot be done piece by piece."""
         assert self.talk is not None
+        if not self.talk.steps and any(getattr(e, "rows", None) is Rows.LAST for s in self.layers for e in s.edits):
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
+                "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
+            )
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))

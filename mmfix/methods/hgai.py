@@ -50,6 +50,6 @@ class HGAI(Method):
         return dataclasses.replace(self, layers=chosen_layers(self, in_proportion(5, 18, count), count))
 
     def edits(self, site: Site) -> Sequence[Edit]:
-        if self.alpha == 0 or site.layer not in (self.layers or ()):
+        if self.alpha == 0 or site.layer not in (self.layers or ()) or not site.spans.any_image:
             return ()
         return (ScoreEdit(group=Group.IMAGE, rows=Rows.LAST, mean_abs_gain=self.alpha),)

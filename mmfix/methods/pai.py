@@ -61,7 +61,7 @@ class PAI(Method):
         return dataclasses.replace(self, layers=chosen_layers(self, range(min(2, count - 1), count), count))
 
     def edits(self, site: Site) -> Sequence[Edit]:
-        if self.alpha == 0 or site.layer not in (self.layers or ()):
+        if self.alpha == 0 or site.layer not in (self.layers or ()) or not site.spans.any_image:
             return ()
         return (ScoreEdit(group=Group.IMAGE, rows=Rows.LAST, abs_gain=self.alpha),)
 

@@ -64,6 +64,11 @@ class SPIN(Method):
 
     def edits(self, site: Site) -> Sequence[Edit]:
         kept = self.kept(site.num_heads)
-        if self.factor == 1 or kept == site.num_heads or site.layer not in (self.layers or ()):
+        if (
+            self.factor == 1
+            or kept == site.num_heads
+            or site.layer not in (self.layers or ())
+            or not site.spans.any_image
+        ):
             return ()
         return (HeadSelect(group=Group.IMAGE, keep=kept, factor=self.factor, by=self.rank, rows=Rows.LAST),)

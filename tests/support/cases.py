@@ -34,7 +34,7 @@ CASES: dict[str, Case] = {
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
-    "icd": Case(active={"tokens": (41, 42), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "icd": Case(active={"tokens": (41,), "at": "question", "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
@@ -44,6 +44,10 @@ CASES: dict[str, Case] = {
 # The plausibility cut alone is a control: it leaves attention and the kept logits as they are, so it is not held to
 # what a method must do; tests/contract/test_branches.py has its tests.
 NAMES = tuple(name for name in methods() if name != "plausibility")
+# Methods that edit the last row of a prompt, so that they must know which one it is.
+NEWEST_ROW = ("hgai", "pai", "spin")
+# Methods with a branch of another prompt, which is made of a whole one.
+OTHER_PROMPT = ("icd",)
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
