@@ -139,21 +139,45 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """A contrast that grows with the answer: at generated token t its strength is ``exp(rate (t + start)) - 1``.
+
+    That is ``(1 - g) / g`` with ``g = exp(-rate (t + start))``, M3ID's weight (arXiv:2403.14003).
+
+    Args:
+        rate: growth per token, at least 0; 0 never contrasts.
+        start: t of the first generated token; tokens of the prompt have it too.
+        limit: the largest strength.
+    """
+
+    rate: float
+    start: int = 0
+    limit: float = 1e6
+
+    def __call__(self, steps: Tensor) -> Tensor:
+        """Float32[k] of Int64[k]: 0 for the first generated token (and before), 1 for the second, and so on."""
+        return torch.expm1(self.rate * (steps.float() + self.start)).clamp(max=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mix:
     """How the logits of the branches combine, and which tokens stay plausible.
 
     ``z = sum_r weights[r] * l_r``, then ``z_v = -inf`` unless ``l_v >= log(beta) + max l`` on the factual logits l (the
-    adaptive plausibility cut, in float32, before temperature and warpers).
+    adaptive plausibility cut, in float32, before temperature and warpers). With a growth f, what the weights add to l
+    is multiplied by f(t), t counting generated tokens: ``z = l + f(t) (sum_r weights[r] * l_r - l)``.
 
     Args:
         weights: one per branch, the factual one first; they sum to 1, so that equal branches change nothing.
         beta: of the plausibility cut, in (0, 1]; None for no cut.
         log_probs: combine log-probabilities instead of logits.
+        growth: how strong the contrast is at each generated token; None means 1 at all of them.
     """
 
     weights: tuple[float, ...]
     beta: float | None = None
     log_probs: bool = False
+    growth: Growth | None = None
 
     def __post_init__(self) -> None:
         if abs(sum(self.weights) - 1.0) > 1e-6:
@@ -161,9 +185,15 @@ class Mix:
         if self.beta is not None and not 0.0 < self.beta <= 1.0:
             raise MethodError(f"plausibility cut beta={self.beta}: give a number in (0, 1], or None")
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[B, R, k, V] → [B, k, V] in the same dtype."""
-        mixed = self.combined(logits)
+    def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
+        """[B, R, k, V] → [B, k, V] in the same dtype.
+
+        Args:
+            logits: of every branch, at k positions.
+            steps: Int64[k], number of the generated token that each position predicts, 0 for the first and in the
+                prompt; needed where the contrast grows.
+        """
+        mixed = self.combined(logits, steps)
         if self.beta is not None:
             mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
         return mixed.to(logits.dtype)
@@ -172,9 +202,11 @@ class Mix:
         """Bool[B, k, V]: tokens that the cut removes."""
         assert self.beta is not None
         factual = logits[:, 0].float()
+        if self.log_probs:
+            factual = factual.log_softmax(-1)
         return factual < factual.amax(-1, keepdim=True) + math.log(self.beta)
 
-    def combined(self, logits: Tensor) -> Tensor:
+    def combined(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """Float32[B, k, V]: the weighted sum alone."""
         branches = logits.float()
         if self.log_probs:
@@ -183,9 +215,14 @@ class Mix:
         mixed = factual * self.weights[0]
         for r, weight in enumerate(self.weights[1:], start=1):
             mixed = mixed + weight * branches[:, r]
+        if self.growth is not None:
+            if steps is None:
+                raise MethodError("a contrast that grows needs the number of each generated token; give steps")
+            strength = self.growth(steps)[:, None]  # 0 leaves the factual logits, also where they are infinite
+            mixed = torch.where(strength == 0, factual, factual + strength * (mixed - factual))
         return mixed.masked_fill(factual.isneginf(), float("-inf"))  # never a difference of two infinities
 
-    def acts(self, logits: Tensor) -> Tensor:
+    def acts(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """Bool[B, k]: positions that the branches change by more than rounding; without branches, that the cut does."""
         if len(self.weights) == 1:
             return (self.implausible(logits) if self.beta is not None else logits[:, 0].isnan()).any(-1)
@@ -194,7 +231,7 @@ class Mix:
             factual = factual.log_softmax(-1)
         finite = factual.isfinite()
         scale = torch.where(finite, factual.abs(), 0.0).amax(-1, keepdim=True)
-        change = torch.where(finite, (self.combined(logits) - factual).abs(), 0.0)
+        change = torch.where(finite, (self.combined(logits, steps) - factual).abs(), 0.0)
         return (change > 1e-4 * scale).any(-1)
 
 
@@ -227,17 +264,23 @@ class Rows:
     def expand(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return tensor.repeat_interleave(self.count, dim=dim)
 
-    def fold(self, output: Any, mix: Mix, has_image: Tensor) -> tuple[Any, Tensor]:
+    def fold(self, output: Any, mix: Mix, has_image: Tensor, length: int, beyond: int = 0) -> tuple[Any, Tensor]:
         """A model output whose logits are mixed, and counts of positions changed and seen.
 
         Args:
             has_image: Bool[B]; a prompt without an image keeps its factual logits.
+            length: positions that were asked for; rows with a longer prompt have more.
+            beyond: generated tokens up to the output's last position; negative inside the prompt.
         """
         logits = output.logits if hasattr(output, "logits") else output[0]
-        branches = logits.view(-1, self.count, *logits.shape[1:])
+        logits = logits[:, -length:]
+        branches = logits.reshape(-1, self.count, *logits.shape[1:])
         factual = branches[:, 0]
-        mixed = torch.where(has_image[:, None, None], mix(branches), factual)
-        changed = mix.acts(branches) & has_image[:, None]
+        steps = None
+        if mix.growth is not None:
+            steps = torch.arange(beyond - factual.shape[1] + 1, beyond + 1, device=factual.device).clamp(min=0)
+        mixed = torch.where(has_image[:, None, None], mix(branches, steps), factual)
+        changed = mix.acts(branches, steps) & has_image[:, None]
         counts = torch.stack([changed.sum(), changed.new_tensor(changed.numel(), dtype=torch.int64)])
         if hasattr(output, "logits"):
             output.logits = mixed
@@ -248,7 +291,9 @@ class Rows:
 
 
 def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of `rows` without their image tokens, pushed to the right; the others as they are.
+    """Prompts of `rows` without their image tokens, the others as they are.
+
+    What is left is pushed to the right, up to where the prompt ended, so that the text after the image stays in place.
 
     Args:
         ids: [N, T], or embeddings [N, T, hidden].
@@ -258,7 +303,9 @@ def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int
         `ids` and `valid`, in the same shapes.
     """
     keep = valid & ~image
-    order = torch.argsort(keep.int(), dim=-1, stable=True)
+    places = torch.arange(valid.shape[1], device=valid.device)
+    after = places > torch.where(valid, places, -1).amax(-1, keepdim=True)  # padding on the right
+    order = torch.argsort(keep.int() + 2 * after.int(), dim=-1, stable=True)
     short_valid = keep.gather(1, order)
     wide = order if ids.ndim == 2 else order[..., None].expand_as(ids)
     empty, chosen = ~short_valid, rows[:, None]

@@ -19,7 +19,7 @@ from mmfix.families import Family
 from mmfix.method import Method, Site
 from mmfix.segments import MaskEdit
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Edit, HeadScale, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels import Edit, HeadScale, HeadSelect, MapReplacement, MassMove, ScoreEdit
 
 # The answers that this module knows how to confine, or that change nothing by themselves. A method that gives another
 # answer is refused: half of it would act on every prompt.
@@ -89,9 +89,9 @@ class _ConfinedMix(Mix):
 
     prompts: tuple[bool, ...] = ()
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         chosen = torch.tensor(self.prompts, device=logits.device)
-        return torch.where(chosen[:, None, None], super().__call__(logits), logits[:, 0])
+        return torch.where(chosen[:, None, None], super().__call__(logits, steps), logits[:, 0])
 
 
 def confine(method: Method, prompts: Sequence[bool]) -> Method:
@@ -130,7 +130,7 @@ def _restricted(edit: Edit, chosen: Tensor) -> Edit:
     """`edit` on the batch rows of `chosen`, Bool[rows]."""
     if isinstance(edit, HeadScale):
         return HeadScale(scale=torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0))
-    if isinstance(edit, (ScoreEdit, MassMove, MapReplacement)):
+    if isinstance(edit, (ScoreEdit, MassMove, MapReplacement, HeadSelect)):
         return dataclasses.replace(edit, batch=chosen if edit.batch is None else chosen & edit.batch)
     raise ConflictError(
         f"{type(edit).__name__} acts on the whole batch; run the plain model and the method one after the other"

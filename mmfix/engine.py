@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -90,7 +90,7 @@ def mitigate(
         method: a name, a :class:`~mmfix.method.Method`, a list of them (applied in order), or None for none.
             By name, a model's calibrated parameters are used where it has any.
         processor: the model's processor (or tokenizer). Methods that tell questions from answers read its chat
-            template; the others do without.
+            template, and methods with a text of their own have it tokenised; the others do without.
         telemetry: also measure the newest token's attention mass by key group, in every layer.
         **params: parameters of a single method given by name.
 
@@ -110,7 +110,7 @@ def mitigate(
     """
     family = describe(model)
     if processor is not None:
-        family = dataclasses.replace(family, markers=_markers_of(processor))
+        family = dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
     if any(ATTRIBUTE in module.__dict__ for module in family.attentions):
         raise ConflictError(
             "this model is already inside a mitigate() block; leave it first, or pass a list of methods"
@@ -139,6 +139,14 @@ def _markers_of(processor: Any) -> Markers | None:
         return chat_markers(processor)
     except MmfixError:
         return None
+
+
+def _encoder_of(processor: Any) -> Callable[[str], Sequence[int]] | None:
+    """Text → token ids; None for a processor that only tells markers."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not callable(tokenizer):
+        return None
+    return lambda text: [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, params: dict[str, Any]) -> list[Method]:

@@ -68,11 +68,6 @@ class Expander:
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
         kwargs = self._features(given, kwargs, (image & valid)[:, start:])
-        if bool(self.changed.any()) and not bool(valid[:, :length][:, -1].all()):
-            raise MmfixError(
-                "a prompt is padded on its right, and a branch with another prompt (or none of its image) ends on the "
-                "right; pad on the left (processor.tokenizer.padding_side = 'left')"
-            )
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
         gone = self.rows.without_image(batch, image.device)
         self.longer = 0
@@ -125,14 +120,12 @@ class Expander:
     def _other_prompts(
         self, given: Inputs, ids: Tensor, valid: Tensor, image: Tensor, length: int, total: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows whose prompt is changed, all rows left-padded to one width; guesses after the prompt stay last."""
+        """Rows whose prompt is changed, all padded on the left to one width.
+
+        Padding on the right of a prompt stays there, and so do guesses after it.
+        """
         if given.past:
             raise MmfixError("a branch with another prompt cannot follow a prompt in pieces; give the prompt at once")
-        if not bool(valid[:, length - 1].all()):
-            raise MmfixError(
-                "prompts are padded on the right, and a branch with another prompt has its end at another place; pad "
-                "on the left (padding_side='left')"
-            )
         prompts: list[tuple[Tensor, Tensor]] = []
         for row in range(ids.shape[0]):
             branch = row % self.rows.count
@@ -140,7 +133,9 @@ class Expander:
             real = valid[row, :length]
             own, own_image = ids[row, :length][real], image[row, :length][real]
             prompts.append((own, own_image) if edit is None else edit(own, own_image))
-        width = max(length, *(len(own) for own, _ in prompts))
+        places = torch.arange(1, length + 1, device=valid.device)
+        after: list[int] = (length - torch.where(valid[:, :length], places, 0).amax(-1)).tolist()
+        width = max(length, *(len(own) + right for (own, _), right in zip(prompts, after, strict=True)))
         self.longer = width - length
         if self.longer and getattr(given.cache, "is_compileable", False):
             raise MmfixError(
@@ -151,9 +146,8 @@ class Expander:
         new_valid = torch.zeros_like(new_ids, dtype=torch.bool)
         new_image = torch.zeros_like(new_valid)
         for row, (own, own_image) in enumerate(prompts):
-            new_ids[row, width - len(own) :] = own
-            new_valid[row, width - len(own) :] = True
-            new_image[row, width - len(own) :] = own_image
+            place = slice(width - after[row] - len(own), width - after[row])
+            new_ids[row, place], new_valid[row, place], new_image[row, place] = own, True, own_image
         tail = slice(length, total)
         return (
             torch.cat([new_ids, ids[:, tail]], dim=1),
@@ -205,9 +199,10 @@ class Expander:
         mask = kwargs.get("attention_mask")
         branches, changed = self.rows.branches, self.changed.to(valid.device)
         if isinstance(mask, dict):
-            kwargs["attention_mask"] = {k: None if m is None else self._wide_mask(m, valid) for k, m in mask.items()}
+            wide = {k: None if m is None else self._wide_mask(m, valid, changed) for k, m in mask.items()}
+            kwargs["attention_mask"] = wide
         elif mask is not None and mask.ndim == 4:
-            kwargs["attention_mask"] = self._wide_mask(mask, valid)
+            kwargs["attention_mask"] = self._wide_mask(mask, valid, changed)
         elif mask is not None or bool(changed.any()):
             kwargs["attention_mask"] = valid.long()
         positions = kwargs.get("position_ids")
@@ -232,14 +227,14 @@ class Expander:
         """Bool[R]: the rows of a prompt whose tokens are not the factual ones."""
         return torch.tensor([False, *(not b.image or b.prompt is not None for b in self.rows.branches)])
 
-    def _wide_mask(self, mask: Tensor, valid: Tensor) -> Tensor:
-        """A 4-D mask for the rows; that of a row whose prompt is not the factual one is made of its own tokens."""
+    def _wide_mask(self, mask: Tensor, valid: Tensor, changed: Tensor) -> Tensor:
+        """A 4-D mask for the rows; those of `changed` branches, whose tokens stand elsewhere, show their own."""
         if self.longer:
             raise MmfixError("a branch with another prompt needs a 2-D attention mask; call generate(), or pass one")
         wide = self.rows.expand(mask)
-        gone = self.changed.to(mask.device).repeat(mask.shape[0])
-        if not bool(gone.any()):
+        if not bool(changed.any()):
             return wide
+        gone = changed.to(mask.device).repeat(mask.shape[0])
         hidden = torch.zeros(wide.shape[0], wide.shape[-1], dtype=torch.bool, device=mask.device)
         hidden[:, : valid.shape[1]] = ~valid & gone[:, None]
         shown = torch.zeros_like(hidden)

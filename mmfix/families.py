@@ -6,6 +6,7 @@ by structure, and a missing fact is an :class:`~mmfix.errors.UnsupportedModel` t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Family:
         resampler: the Q-Former or perceiver between tower and language model, or None.
         resampler_attentions: its attention modules, in order.
         markers: token ids that open the sides of a conversation, where a processor told them.
+        encode: token ids of a text without special tokens, where there is a processor.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class Family:
     markers: Markers | None = None
     resampler: Any = None
     resampler_attentions: tuple[nn.Module, ...] = ()
+    encode: Callable[[str], Sequence[int]] | None = None
 
     def looking(self, part: str) -> tuple[nn.Module, ...]:
         """Attention modules of a part that looks at the picture: "tower" or "resampler"."""

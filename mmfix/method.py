@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -167,6 +167,28 @@ def layer_numbers(name: str, layers: Sequence[int], count: int) -> tuple[int, ..
     if wrong:
         raise MethodError(f"{name}={tuple(layers)!r}: this model has layers {-count} to {count - 1}")
     return tuple(sorted({n % count for n in layers}))
+
+
+def chosen_layers(method: Method, default: Iterable[int], num_layers: int) -> tuple[int, ...]:
+    """``method.layers``, negative ones counted from the end, or `default` where it is None; sorted.
+
+    Raises:
+        MethodError: a layer that the model does not have.
+    """
+    layers: tuple[int, ...] | None = method.layers  # type: ignore[attr-defined]
+    if layers is None:
+        return tuple(default)
+    if not all(-num_layers <= n < num_layers for n in layers):
+        raise MethodError(
+            f"{method.info.name}.layers={layers!r}: give layers from {-num_layers} to {num_layers - 1}, or None"
+        )
+    return tuple(sorted({n % num_layers for n in layers}))
+
+
+def in_proportion(first: int, end: int, num_layers: int, of: int = 32) -> range:
+    """Layers first … end - 1 of a model with `of` layers, in proportion to `num_layers`; at least one."""
+    start = min(round(first * num_layers / of), num_layers - 1)
+    return range(start, max(start + 1, round(end * num_layers / of)))
 
 
 M = TypeVar("M", bound=type[Method])

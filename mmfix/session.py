@@ -328,6 +328,11 @@ class Session:
     def _check_piece(self, past: int) -> None:
         """Refuse what cannot be done piece by piece."""
         assert self.talk is not None
+        if not self.talk.steps and any(getattr(e, "rows", None) is Rows.LAST for s in self.layers for e in s.edits):
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
+                "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
+            )
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
@@ -426,7 +431,9 @@ class Session:
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
-        output, changed = rows.fold(output, self.mix, has_image)
+        assert self._last is not None
+        beyond = self.current.total - self.talk.spans.length
+        output, changed = rows.fold(output, self.mix, has_image, self._last.length, beyond)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class TokenSpans:
     def has_image(self) -> Tensor:
         """Bool[B]: which prompts hold an image."""
         return self.image.any(-1)
+
+    @cached_property
+    def any_image(self) -> bool:
+        """Whether some prompt holds an image; without one, a method that acts on image keys has no edits."""
+        return bool(self.image.any())
 
     @property
     def length(self) -> int:

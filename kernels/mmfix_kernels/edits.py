@@ -64,7 +64,9 @@ def _check_heads(heads: tuple[int, ...] | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreEdit:
-    """Change scores before the softmax: ``s' = gain*s + abs_gain*|s| + bias`` on the keys of `group`.
+    """Change scores before the softmax, on the keys of `group`.
+
+    ``s' = gain*s + abs_gain*|s| + mean_abs_gain*mean_h|s_h| + bias``, the mean over all query heads h of the layer.
 
     Args:
         group: keys whose scores change.
@@ -73,6 +75,7 @@ class ScoreEdit:
         gain: factor on the signed score (1 leaves it).
         abs_gain: share of the score's magnitude added (PAI and PAINT: alpha).
         bias: constant added, in nats; ``-inf`` hides the group.
+        mean_abs_gain: share of the heads' mean magnitude added, the same for every head (HGAI: alpha).
         batch: Bool[B], the batch rows that are touched; None means all. Contrast branches select theirs by it.
     """
 
@@ -83,9 +86,17 @@ class ScoreEdit:
     abs_gain: float = 0.0
     bias: float = 0.0
     batch: Tensor | None = field(default=None, compare=False)
+    mean_abs_gain: float = 0.0
 
     def __post_init__(self) -> None:
         _check_heads(self.heads)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """[B, H, L, S] → the same shape: every score changed, whatever its group."""
+        edited = self.gain * scores + self.abs_gain * scores.abs() + self.bias
+        if self.mean_abs_gain:
+            edited = edited + self.mean_abs_gain * scores.abs().mean(1, keepdim=True)
+        return edited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,43 @@ class HeadScale:
     scale: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadSelect:
+    """Multiply by `factor` the outputs of all heads but the `keep` that look most at `group`, row by row.
+
+    A head's rank is the mass of its weights on the group, or the sum of its scores there (before the softmax, over the
+    keys that the row sees). Of equal heads the first is kept. Rows that see no key of the group are left as they are.
+
+    Args:
+        group: keys that are looked at.
+        keep: query heads that are kept, from 0 on; as many as there are, or more, keeps all.
+        factor: on the outputs of the others.
+        by: what ranks the heads.
+        rows: query rows that are touched.
+        batch: Bool[B], the batch rows that are touched; None means all.
+    """
+
+    group: Group
+    keep: int
+    factor: float
+    by: Literal["mass", "scores"] = "mass"
+    rows: Rows = Rows.ALL
+    batch: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise ValueError(f"HeadSelect.keep={self.keep}: give a number of heads, from 0 on")
+        if self.by not in ("mass", "scores"):
+            raise ValueError(f"HeadSelect.by={self.by!r}: choose 'mass' or 'scores'")
+
+    def factors(self, scores: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
+        """Float32[B, H, L, 1] from scores and weights [B, H, L, S]; `seen` are the keys of the group, broadcastable."""
+        looks = torch.where(seen, weights if self.by == "mass" else scores, 0.0).sum(-1, keepdim=True)
+        kept = looks.argsort(dim=1, descending=True, stable=True)[:, : self.keep]
+        factors = torch.full_like(looks, self.factor).scatter(1, kept, 1.0)
+        return torch.where(seen.any(-1, keepdim=True), factors, 1.0)
+
+
 MapKind = Literal["uniform", "random", "reversed", "shuffled"]
 MAP_KINDS: tuple[str, ...] = ("uniform", "random", "reversed", "shuffled")
 
@@ -183,7 +231,7 @@ class MapReplacement:
             raise ValueError(f"MapReplacement.kind={self.kind!r}: choose one of {', '.join(MAP_KINDS)}")
 
 
-Edit = ScoreEdit | MassMove | MapReplacement | HeadScale
+Edit = ScoreEdit | MassMove | MapReplacement | HeadSelect | HeadScale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
-from mmfix_kernels.edits import NUM_LABELS, Group, KeyGroups, MassGate, MassMove, ScoreEdit, head_mask
+from mmfix_kernels.edits import (
+    NUM_LABELS,
+    Group,
+    HeadSelect,
+    KeyGroups,
+    MassGate,
+    MassMove,
+    ScoreEdit,
+    head_mask,
+)
 from mmfix_kernels.maps import count_replaced, replace_rows
 
 
@@ -58,7 +67,11 @@ def attend(call: AttentionCall) -> Attended:
         one_hot = torch.nn.functional.one_hot(call.groups.labels.long(), NUM_LABELS).float()
         rows = weights if call.masses == "all" else weights[:, :, -1:]
         masses = rows @ one_hot[:, None]
-    output = apply_head_scales(call, (weights @ value).to(call.query.dtype), fired)
+    output = weights @ value
+    for n, select in call.head_selects:
+        assert call.groups is not None
+        output = output * _selected(call.groups, select, scores, weights, allowed, fired[n])
+    output = apply_head_scales(call, output.to(call.query.dtype), fired)
     return Attended(output, masses, fired, "reference")
 
 
@@ -68,14 +81,14 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.where(scores.isneginf().all(-1, keepdim=True), torch.zeros_like(weights), weights)
 
 
-def _touched(groups: KeyGroups, edit: ScoreEdit | MassMove, like: Tensor) -> Tensor:
+def _touched(groups: KeyGroups, edit: ScoreEdit | MassMove | HeadSelect, like: Tensor) -> Tensor:
     """Bool[B, H, L, 1]: the batch items, rows and heads that an edit may touch."""
     b, h, q_len, _ = like.shape
     touched = torch.ones(b, h, q_len, 1, dtype=torch.bool, device=like.device)
     row_mask = groups.rows[edit.rows]
     if row_mask is not None:
         touched &= row_mask[:, None, :, None]
-    if edit.heads is not None:
+    if not isinstance(edit, HeadSelect) and edit.heads is not None:
         touched &= head_mask(edit.heads, h, like.device)[None, :, None, None]
     if edit.batch is not None:
         touched &= edit.batch.to(like.device)[:, None, None, None]
@@ -87,8 +100,18 @@ def _edit_scores(groups: KeyGroups, edit: ScoreEdit, scores: Tensor, allowed: Te
     keys = groups.member(edit.group)[:, None, None, :] & allowed
     fired[0] = (touched & keys.any(-1, keepdim=True)).sum()
     fired[1] = touched.sum()
-    edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
-    return torch.where(touched & keys & ~scores.isneginf(), edited, scores)  # what is hidden stays hidden
+    return torch.where(touched & keys & ~scores.isneginf(), edit(scores), scores)  # what is hidden stays hidden
+
+
+def _selected(
+    groups: KeyGroups, edit: HeadSelect, scores: Tensor, weights: Tensor, allowed: Tensor, fired: Tensor
+) -> Tensor:
+    """Float32[B, H, L, 1]: factors of the heads."""
+    touched = _touched(groups, edit, weights)
+    seen = groups.member(edit.group)[:, None, None, :] & allowed
+    factors = torch.where(touched, edit.factors(scores, weights, seen), 1.0)
+    fired[0], fired[1] = (factors != 1).sum(), touched.sum()
+    return factors
 
 
 def _mass(groups: KeyGroups, group: Group, weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from mmfix_kernels.edits import (
     NUM_LABELS,
     Group,
     HeadScale,
+    HeadSelect,
     KeyGroups,
     MapReplacement,
     MassGate,
@@ -264,7 +265,10 @@ class _Chunk:
                 weights = self.move_mass(edit, weights, fired[n])
             else:
                 weights = self.replace_map(edit, weights, fired[n])
-        return _values(call, weights), self.masses(weights)
+        output = _values(call, weights)
+        for n, select in call.head_selects:
+            output = output * self.select_heads(select, scores, weights, fired[n]).to(output.dtype)
+        return output, self.masses(weights)
 
     def masses(self, weights: Tensor) -> Tensor | None:
         last = self.call.masses == "last" and self.stop == self.call.query.shape[2]
@@ -273,11 +277,11 @@ class _Chunk:
         one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
         return _by_item(weights[:, :, -1:] if last else weights, one_hot)
 
-    def touched(self, edit: ScoreEdit | MassMove) -> Tensor | None:
+    def touched(self, edit: ScoreEdit | MassMove | HeadSelect) -> Tensor | None:
         """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
         row_mask = self.groups.rows[edit.rows]
         touched = None if row_mask is None else row_mask[:, None, self.start : self.stop]
-        if edit.heads is not None:
+        if not isinstance(edit, HeadSelect) and edit.heads is not None:
             chosen = head_mask(edit.heads, self.shape[1], self.call.query.device)[None, :, None]
             touched = chosen if touched is None else touched & chosen
         if edit.batch is not None:
@@ -296,8 +300,20 @@ class _Chunk:
         visible = places if self.mask is None else places & ~self.mask.isneginf()
         fired[0] += visible.any(-1).expand(self.shape).sum()
         fired[1] += self.count(touched)
-        edited = edit.gain * scores + edit.abs_gain * scores.abs() + edit.bias
-        return torch.where(places & ~scores.isneginf(), edited, scores)  # what is hidden stays hidden
+        return torch.where(places & ~scores.isneginf(), edit(scores), scores)  # what is hidden stays hidden
+
+    def select_heads(self, edit: HeadSelect, scores: Tensor, weights: Tensor, fired: Tensor) -> Tensor:
+        """[B, H, rows, 1]: factors of the heads."""
+        touched = self.touched(edit)
+        seen = self.groups.member(edit.group)[:, None, None, :]
+        if self.mask is not None:
+            seen = seen & ~self.mask.isneginf()
+        factors = edit.factors(scores, weights, seen)
+        if touched is not None:
+            factors = torch.where(touched[..., None], factors, 1.0)
+        fired[0] += (factors != 1).sum()
+        fired[1] += self.count(touched)
+        return factors
 
     def move_mass(self, move: MassMove, weights: Tensor, fired: Tensor) -> Tensor:
         gate, touched = move.gate, self.touched(move)

@@ -44,11 +44,24 @@ CASES: dict[str, Case] = {
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
+    "icd": Case(
+        active={"tokens": (41,), "at": "question", "beta": 1e-9},
+        identity={"alpha": 0.0, "beta": 1e-9},
+        other_prompt=True,
+    ),
+    "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
+    "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
+    "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
+    "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
 # logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
+# Methods that edit the last row of a prompt, so that they must know which one it is.
+NEWEST_ROW = ("hgai", "pai", "spin")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])

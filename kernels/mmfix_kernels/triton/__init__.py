@@ -59,6 +59,8 @@ def why_not(call: AttentionCall) -> str:
         return f"head width {max(query.shape[3], value.shape[3])} above {MAX_WIDTH}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "the kernel has no backward pass"
+    if call.head_selects or any(edit.mean_abs_gain for _, edit in call.score_edits):
+        return "an edit compares heads, and a program of the kernel holds one"
     plan = plan_of(call)
     return conflict(call) if isinstance(plan, Plan) else plan
 

@@ -1,0 +1,109 @@
+"""VCD against two plain passes per token: the picture, and the picture with noise added by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import plain, vlm
+from torch import Tensor
+
+import mmfix
+from mmfix.branches import DiffusionNoise
+from mmfix.errors import MethodError
+from mmfix.methods import VCD
+
+STEPS = 3
+
+
+def noisy(pixels: Tensor, step: int, seed: int) -> Tensor:
+    """v' from the schedule written out, one beta at a time, and the recorded noise of a generator of its own."""
+    abar = 1.0
+    for i in range(step + 1):
+        abar *= 1 - ((5e-3 - 1e-5) / (1 + math.exp(6 - 12 * i / 999)) + 1e-5)
+    noise = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed))
+    return math.sqrt(abar) * pixels + math.sqrt(1 - abar) * noise
+
+
+def oracle(model: Any, inputs: dict[str, Any], alpha: float, beta: float, step: int, seed: int) -> Tensor:
+    other = noisy(inputs["pixel_values"], step, seed)
+
+    def newest(grown: dict[str, Any], _: int) -> Tensor:
+        factual = plain.newest(model, grown)
+        changed = plain.newest(model, {**grown, "pixel_values": other})
+        return plain.cut((1 + alpha) * factual - alpha * changed, factual, beta)
+
+    return plain.decoded(inputs, newest, STEPS)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, -0.4])
+def test_decoding_equals_two_plain_passes_per_token(llava: Any, alpha: float) -> None:
+    """Also with a weight below zero: what the cut masks stays masked (requirements 5 and 7: noise after the
+    normalisation, the cut in float32)."""
+    inputs = plain.ragged()
+    with mmfix.mitigate(llava, VCD(alpha=alpha, step=700, seed=5, beta=0.05)):
+        out = vlm.greedy(llava, inputs, STEPS)
+    plain.agrees(out, oracle(llava, inputs, alpha, 0.05, 700, 5))
+
+
+def test_the_noisy_picture_at_the_default_step() -> None:
+    """The check values: signal 0.8630 and noise 0.5052 at step 500, 0.2850 and 0.9585 at step 999."""
+    pixels = vlm.picture(3, 1)
+    for step, signal, noise in ((500, 0.8630, 0.5052), (999, 0.2850, 0.9585)):
+        got = DiffusionNoise(step=step, seed=2)(pixels)
+        drawn = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(got, signal * pixels + noise * drawn, atol=5e-4, rtol=0)
+        torch.testing.assert_close(got, noisy(pixels, step, 2), atol=1e-5, rtol=0)
+    assert VCD().branches(None)[0].pixels == DiffusionNoise(step=500, seed=0)  # type: ignore[arg-type]
+
+
+def test_one_documented_default_per_parameter() -> None:
+    """Requirement 3: alpha 1, beta 0.1, step 500; the reader finds them in the registry."""
+    params = mmfix.methods()["vcd"].params
+    assert {name: one.default for name, one in params.items()} == {"alpha": 1.0, "beta": 0.1, "step": 500, "seed": 0}
+    assert mmfix.methods()["vcd"].passes == 2
+
+
+def test_the_noise_has_a_generator_of_its_own(llava: Any) -> None:
+    """Requirement 4: the global seed does not matter and is not touched; the method's seed does."""
+    found = []
+    for seed, own in ((1, 0), (2, 0), (1, 3)):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        with mmfix.mitigate(llava, VCD(seed=own, beta=1e-9)):
+            found.append(vlm.logits(llava, vlm.one()))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_beams_and_sampling_act_on_the_same_logits(llava: Any) -> None:
+    """Requirement 2: a beam's first scores are the mixed logits of the oracle; sampling draws from them."""
+    inputs = plain.ragged()
+    want = oracle(llava, inputs, 1.0, 0.1, 500, 0)[:, 0]
+    with mmfix.mitigate(llava, VCD()):
+        beams = vlm.greedy(llava, inputs, 2, num_beams=2)
+        drawn = vlm.greedy(llava, inputs, 1, do_sample=True, top_k=0)
+    torch.testing.assert_close(beams.logits[0][::2], want, atol=2e-4, rtol=0)
+    assert all(want[row, token].isfinite() for row, token in enumerate(drawn.sequences[:, -1].tolist()))
+
+
+def test_strength_zero_is_the_cut_alone(llava: Any) -> None:
+    """No second branch runs; with a cut that keeps all, the logits are the clean branch's bit for bit."""
+    inputs = plain.ragged()
+    with mmfix.mitigate(llava, VCD(alpha=0.0, beta=0.3)) as fix:
+        cut = vlm.logits(llava, inputs)
+        assert fix.rows_per_prompt == 1
+    with mmfix.mitigate(llava, "plausibility", beta=0.3):
+        assert torch.equal(vlm.logits(llava, inputs), cut)
+    clean = vlm.logits(llava, inputs)
+    with mmfix.mitigate(llava, VCD(alpha=0.0, beta=1e-9)):
+        assert torch.equal(vlm.logits(llava, inputs), clean)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": -1.5}, {"beta": 0.0}, {"step": 1000}, {"seed": -1}])
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MethodError, match=f"vcd.{next(iter(wrong))}"):
+        VCD(**wrong)
