@@ -87,6 +87,7 @@ class Session:
         self._prompt_ids: Tensor | None = None
         self._step_rows: dict[Rows, Tensor | None] = {}
         self._step_first: dict[Rows, int] = {}
+        self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
 
     @property
@@ -133,6 +134,7 @@ class Session:
             )
         given = Inputs.read((), kwargs)
         kind = self._kind(given)
+        self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0
         # Assisted decoding appends its first candidates to the prompt and asks for that many more logits.
         guessing = self.turn.generating and not self.turn.prefilling and kind == "prompt" and given.cache is not None
@@ -431,9 +433,8 @@ class Session:
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
-        assert self._last is not None
         beyond = self.current.total - self.talk.spans.length
-        output, changed = rows.fold(output, self.mix, has_image, self._last.length, beyond)
+        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 
