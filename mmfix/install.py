@@ -104,7 +104,10 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
 
     def override(name: str, function: Callable[..., Any]) -> None:
         if hasattr(model, name):
-            stack.callback(model.__dict__.pop, name, None)
+            if name in model.__dict__:  # somebody else's override comes back
+                stack.callback(model.__dict__.__setitem__, name, model.__dict__[name])
+            else:
+                stack.callback(model.__dict__.pop, name, None)
             model.__dict__[name] = function
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

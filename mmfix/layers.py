@@ -113,9 +113,9 @@ class LayerState:
         self.called = False
 
     def close(self) -> None:
-        """At the end of the block: let go of the prompt."""
-        self.labels = self.sinks = self.opened = self.kept_for = None
-        self.edits, self.owners, self.kept = [], [], {}
+        """At the end of the block: let go of what only a pass needs."""
+        self.opened = self.kept_for = None
+        self.kept = {}
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise MmfixError(

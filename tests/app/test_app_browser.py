@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,13 @@ import pytest
 
 from mmfix_app.browser import browser, chromium, compare
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (apt-get install chromium)"),
+    pytest.mark.skipif(
+        not os.environ.get("MMFIX_BROWSER_TESTS"), reason="set MMFIX_BROWSER_TESTS=1 to drive a browser"
+    ),
+    pytest.mark.xdist_group("app"),  # one server and one browser at a time
+]
 SLOW = 90_000
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mmfix_app import cli, gallery, ui
 from mmfix_app.service import Decoding, Service
 
+pytestmark = pytest.mark.xdist_group("app")
 SCENE = gallery.pictures()[3]
 PROMPT = "Please describe this image in detail."
 
