@@ -165,7 +165,7 @@ def layer_numbers(name: str, layers: Sequence[int], count: int) -> tuple[int, ..
     """
     wrong = [n for n in layers if not -count <= n < count]
     if wrong:
-        raise MethodError(f"{name}={tuple(layers)!r}: this model has layers {-count} to {count - 1}")
+        raise MethodError(f"{name}={tuple(layers)!r}: give layers from {-count} to {count - 1}")
     return tuple(sorted({n % count for n in layers}))
 
 
@@ -178,11 +178,7 @@ def chosen_layers(method: Method, default: Iterable[int], num_layers: int) -> tu
     layers: tuple[int, ...] | None = method.layers  # type: ignore[attr-defined]
     if layers is None:
         return tuple(default)
-    if not all(-num_layers <= n < num_layers for n in layers):
-        raise MethodError(
-            f"{method.info.name}.layers={layers!r}: give layers from {-num_layers} to {num_layers - 1}, or None"
-        )
-    return tuple(sorted({n % num_layers for n in layers}))
+    return layer_numbers(f"{method.info.name}.layers", layers, num_layers)
 
 
 def in_proportion(first: int, end: int, num_layers: int, of: int = 32) -> range:
