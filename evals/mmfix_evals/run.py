@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmfix_evals import batching, machine, results
-from mmfix_evals.arms import BASELINE, Arm, resolve
+from mmfix_evals.arms import BASELINE, Arm, expand, resolve
 from mmfix_evals.errors import EvalError
 from mmfix_evals.files import remove_leftovers
 from mmfix_evals.plan import RunConfig, TaskPlan, plan
@@ -193,7 +193,7 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
         OSError: the run folder cannot be written.
     """
     config.check()
-    arms = [resolve(text) for text in config.methods]
+    arms = [resolve(text) for text in expand(config.methods)]
     _remark_controls(arms, reporter)
     start = _engine(config)
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -255,6 +255,8 @@ def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: Sam
     if stale:
         reporter.warn(f"{stale} samples in {log.path} belong to another configuration and are ignored")
     runner.head = _head(config, argv, plans, pool.loaded)
+    for name, reason in pool.loaded.left_out.items():
+        reporter.say(f"left out: {reason}" if reason.startswith(name) else f"left out: {name}: {reason}")
     if not config.shard.is_whole:
         runner.head["shard"] = {
             "index": config.shard.index,
@@ -298,6 +300,7 @@ def _head(config: RunConfig, argv: Sequence[str], plans: list[TaskPlan], loaded:
             }
             for arm in loaded.arms
         ],
+        "left_out": loaded.left_out,
         "tasks": {one.task.name: one.describe() for one in plans},
         "versions": machine.versions(),
         "git": machine.git(),

@@ -177,6 +177,8 @@ def footnotes(results: Results) -> list[str]:
     taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
     if taught:
         notes.append(f"Trained in the paper; used here without training: {', '.join(taught)}.")
+    if results.get("left_out"):
+        notes.append(f"Left out, because they cannot run on this model as it is: {', '.join(results['left_out'])}.")
     for name in never_fired(results):
         means = "it changed nothing there" if " in " in name else "identical to greedy by construction"
         notes.append(f"NEVER FIRED: {name}: {means}.")

@@ -27,7 +27,8 @@ def run_command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +. "
+            help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +, "
+            "@all (every method that can run on the model), or those of a kind: @contrast, @mask, … "
             "Differences and speeds are reported relative to greedy."
         ),
     ] = "greedy,var,vhr",
