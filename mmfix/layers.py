@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfix import segments as token_segments
 from mmfix import spans as token_spans
-from mmfix.errors import MmfixError
+from mmfix.errors import ConflictError, MmfixError
 from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.segments import MaskEdit, Opened, Segments
@@ -76,6 +76,12 @@ class LayerState:
                 self.edits.append(edit)
                 self.owners.append(owner)
             found = tuple(one.mask(site)) if one.masks else ()
+            if found and wanted and found[0].share != wanted[0].share:
+                names = " and ".join(repr(session.methods[n].info.name) for n in (*self.mask_owners, owner))
+                raise ConflictError(
+                    f"methods {names} change the mask of layer {self.layer} by different shares ({wanted[0].share:g} "
+                    f"and {found[0].share:g}), and a layer has one; use one of them, or give them other layers"
+                )
             if found:
                 wanted += found
                 self.mask_owners.append(owner)
