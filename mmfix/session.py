@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfix import features
+from mmfix import prefix as prefixes
 from mmfix import spans as token_spans
 from mmfix.branches import Mix
 from mmfix.branches import Rows as BranchRows
@@ -152,7 +152,9 @@ class Session:
                 "prompt at once (no prefill_chunk_size)"
             )
         expanded = None
-        prefix, kwargs = self._prefix(given, kwargs, length) if kind == "prompt" else (0, kwargs)
+        prefix = 0
+        if kind == "prompt" and prefixes.worthwhile(self, given, kwargs):
+            prefix, kwargs = prefixes.compute(self, given, kwargs, length)
         if self.branching is not None:
             expanded = self.branching.expand(given, kwargs, self.image_mask, length, kind != "step", prefix)
             length += self.branching.longer if kind != "step" else 0
@@ -163,18 +165,18 @@ class Session:
         single = kind == "step" and given.length == 1
         self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
         if prefill:
-            self._prompt(given, expanded or kwargs, kind == "piece")
+            self.read_prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
                 self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
             self._step(given)
         if prefix:
             assert expanded is not None
-            expanded = _cut(expanded, slice(prefix, None), slice(None))
+            expanded = prefixes.part(expanded, slice(prefix, None), slice(None))
             self.current.past, self.current.length = prefix, length - prefix
             given = Inputs.read((), expanded)
         self.seen = self.current.total
-        self._rows(given.like.shape[0], given.length)
+        self.read_rows(given.like.shape[0], given.length)
         if self.positions is not None:
             expanded = self._rewrite(given, expanded if expanded is not None else kwargs)
         self.active = True
@@ -189,62 +191,6 @@ class Session:
         new = rewritten(self.positions, self.spans, self.current.past, given.length)
         return with_positions(kwargs, new, self.spans, self.current.total, self.family.name)
 
-    def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
-        """Compute the start of the prompt that no branch changes, once per prompt.
-
-        Returns its length, 0 for none, and the inputs with the features of the pictures that come after it.
-
-        It is left alone where a method looks at the whole prompt (sinks, heads, masks), and where the cache or the
-        inputs are not those of ``generate()``.
-        """
-        from mmfix import prefix as prefixes
-
-        whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
-        usual = given.kept and given.ids is not None and not self.family.cross_layers
-        usual = usual and not kwargs.get("output_hidden_states")
-        usual = usual and not self.family.bidirectional  # whose first tokens attend to what follows them
-        if self.branching is None or whole or not plain or not usual:
-            return 0, kwargs
-        if not prefixes.shareable(given.cache):
-            return 0, kwargs
-        self.expanding = False
-        expander = self.expander
-        try:
-            assert expander is not None
-            self.current = Pass(True, 0, length, length)
-            self._prompt(given, kwargs, False)
-            assert self.talk is not None
-            shared = min(prefixes.shared_length(expander.rows.branches, self.talk.spans), length - 1)
-            image = self.talk.spans.image
-            encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            inside = bool(image[:, :shared].any()), bool(image[:, shared:].any())
-            if all(inside) and encoded is None:  # pixels cannot be given to two passes
-                shared, inside = int(image.any(0).int().argmax()), (False, True)
-            self.prompts -= given.like.shape[0]
-            if shared < prefixes.LEAST:
-                return 0, kwargs
-            self.current = Pass(True, 0, shared, shared)
-            self._rows(given.like.shape[0], shared)
-            self.active = True
-            inputs = _cut({**kwargs, "input_ids": given.ids}, slice(0, shared), slice(0, shared))
-            if not inside[0]:
-                inputs = _without_picture(inputs)
-            elif not inside[1]:
-                kwargs = _without_picture(kwargs)
-            else:
-                first, rest = features.parted(encoded, image, shared)
-                inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": first}
-                kwargs = {**kwargs, "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], "image": rest}}
-            self.family.model.forward(**{**inputs, "logits_to_keep": 1})
-        finally:
-            self.expanding, self.active = True, False
-            self.mass_sum, self.mass_layers = None, 0
-        prefixes.share(given.cache, expander.rows.count)
-        self._shared = weakref.ref(given.cache)
-        return shared, kwargs
-
     @property
     def shared(self) -> Any:
         """The cache, while its prompt's start is stored once for all branches; else None."""
@@ -253,10 +199,13 @@ class Session:
     def _unshare(self) -> None:
         """Give the last prompt's cache ordinary layers again."""
         if self.shared is not None:
-            from mmfix import prefix as prefixes
-
             prefixes.unshare(self.shared)
         self._shared = None
+
+    def share(self, cache: Any, count: int) -> None:
+        """Keep what a cache holds once for `count` rows each, until the next prompt."""
+        prefixes.share(cache, count)
+        self._shared = weakref.ref(cache)
 
     def close(self) -> None:
         """At the end of the block: nothing of it stays in caches that live on."""
@@ -296,7 +245,7 @@ class Session:
         longer = ids.shape[0] == prompt.shape[0] and ids.shape[1] > prompt.shape[1]
         return longer and torch.equal(ids[:, : prompt.shape[1]], prompt)
 
-    def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
+    def read_prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
@@ -382,7 +331,7 @@ class Session:
         self._step_rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: with_image}
         self._step_first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: after}
 
-    def _rows(self, batch: int, q_len: int) -> None:
+    def read_rows(self, batch: int, q_len: int) -> None:
         """Which rows of this pass each kind of :class:`Rows` touches."""
         spans, current = self.spans, self.current
         assert spans is not None
@@ -444,26 +393,10 @@ class Session:
             warnings.warn(text, MmfixWarning, stacklevel=2)
 
 
-_PICTURE = ("pixel_values", "mm_encoder_outputs")
-_TOKENS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
-
-
 def _bound(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of ``forward`` by name."""
     bound: Any = inspect.signature(model.forward).bind_partial(*args)
     return dict(bound.arguments)
-
-
-def _without_picture(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in _PICTURE}
-
-
-def _cut(kwargs: dict[str, Any], part: slice, mask: slice) -> dict[str, Any]:
-    """Inputs of some of the tokens, with the attention mask of `mask`."""
-    cut = {name: value[..., part] if name in _TOKENS else value for name, value in kwargs.items() if value is not None}
-    if cut.get("attention_mask") is not None:
-        cut["attention_mask"] = cut["attention_mask"][:, mask]
-    return cut
 
 
 def _markers(family: Family, methods: list[Method]) -> Markers | None:
