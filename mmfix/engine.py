@@ -108,9 +108,7 @@ def mitigate(
         ...     ids = model.generate(**inputs, max_new_tokens=64)
         >>> fix.report().fired["var"].share
     """
-    family = describe(model)
-    if processor is not None:
-        family = dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
+    family = described(model, processor)
     if any(ATTRIBUTE in module.__dict__ for module in family.attentions):
         raise ConflictError(
             "this model is already inside a mitigate() block; leave it first, or pass a list of methods"
@@ -131,6 +129,18 @@ def mitigate(
             yield Mitigation(session)
     finally:
         snapshot.verify(changed)
+
+
+def described(model: Any, processor: Any = None) -> Family:
+    """The model as methods see it, with what its processor tells of prompts.
+
+    Raises:
+        UnsupportedModel: a fact about the model is missing.
+    """
+    family = describe(model)
+    if processor is None:
+        return family
+    return dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
 
 
 def _markers_of(processor: Any) -> Markers | None:

@@ -26,12 +26,21 @@ Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden e
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a method, for help texts and generated controls."""
+    """One parameter of a method, for help texts and generated controls.
+
+    Args:
+        default: value when none is given.
+        help: one line.
+        low, high: the range worth trying.
+        example: for a text of the user's own, what it may look like. A text without one (such as a file's name) is
+            never asked of a visitor.
+    """
 
     default: Any
     help: str = ""
     low: float | None = None
     high: float | None = None
+    example: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,9 +200,11 @@ M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, MethodInfo] = {}
 
 
-def param(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a help text and a range, from which controls and documentation are generated."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def param(
+    default: Any, help: str, low: float | None = None, high: float | None = None, *, example: str | None = None
+) -> Any:
+    """A dataclass field with what :class:`Param` tells of it, from which controls and documentation are generated."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "example": example})
 
 
 def register(
@@ -212,10 +223,7 @@ def register(
             raise MethodError(f"method name {name!r} is taken by {_REGISTRY[name].cls.__name__}; choose another")
         if not (issubclass(cls, Method) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise MethodError(f"{cls.__name__}: a method is a frozen dataclass that derives from mmfix.Method")
-        params = {
-            f.name: Param(f.default, f.metadata.get("help", ""), f.metadata.get("low"), f.metadata.get("high"))
-            for f in dataclasses.fields(cls)
-        }
+        params = {f.name: Param(f.default, **f.metadata) for f in dataclasses.fields(cls)}
         cls.info = MethodInfo(name, title, paper, kind, passes, trained_in_paper, params, cls)
         _REGISTRY[name] = cls.info
         return cls

@@ -181,12 +181,12 @@ def results(name: str, info: MethodInfo, record: dict[str, Any] | None, source: 
     """The method's rows of the record beside greedy and, for contrasts, beside the plausibility cut alone."""
     if record is None:
         return "Not measured."
-    if name in record.get("left_out", {}):
-        return f"Not measured: {record['left_out'][name]}."
     names = {m["method"] for m in record["metrics"]}
-    if name not in names:
-        return "Not measured."
-    shown = [name, *([CONTROL] if info.kind == "contrast" and name != CONTROL and CONTROL in names else [])]
+    arms = [m["name"] for m in record["methods"] if [one["name"] for one in m["spec"]] == [name]]
+    if not names & set(arms):
+        return f"Not measured: {record['left_out'][name]}." if name in record.get("left_out", {}) else "Not measured."
+    name = next(arm for arm in arms if arm in names)  # perhaps with parameters
+    shown = [name, *([CONTROL] if info.kind == "contrast" and info.name != CONTROL and CONTROL in names else [])]
     values = {(m["task"], m["split"], m["metric"], m["method"]): m for m in record["metrics"]}
     changes = {(c["task"], c["split"], c["metric"], c["method"]): c for c in record["comparisons"]}
     head = " | ".join(f"`{one}` against greedy | p" for one in shown)

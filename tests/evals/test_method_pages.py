@@ -62,6 +62,7 @@ def record(method: str) -> dict[str, Any]:
             for m, d, p in ((method, -0.05, 0.04), ("plausibility", 0.01, 1.0))
         ],
         "speed": [{"method": method, "fired_share": 0.002}],
+        "methods": [{"name": m, "spec": [] if m == "greedy" else [{"name": m.partition(":")[0]}]} for m in arms],
         "left_out": {"icd": "no instruction"},
     }
 
@@ -71,6 +72,11 @@ def test_a_contrast_stands_beside_the_cut_alone() -> None:
     row = "| CHAIR_i ↓ | 30.0 [20.0, 40.0] | -5.0 [-10.0, +10.0] | 0.04 | +1.0 [-10.0, +10.0] | 1 |"
     assert row in text
     assert "these rows say nothing about it" in text
+
+
+def test_a_method_measured_with_parameters_of_its_own() -> None:
+    arm = "icd:instruction=Be confused."
+    assert f"`{arm}` against greedy" in method_pages.results("icd", mmfix.methods()["icd"], record(arm), "somewhere")
 
 
 @pytest.mark.parametrize(("name", "said"), [("icd", "Not measured: no instruction."), ("lqcd", "Not measured.")])
