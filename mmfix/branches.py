@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
+from mmfix.pictures import Blank as Blank
+from mmfix.pictures import DiffusionNoise as DiffusionNoise
+from mmfix.pictures import PixelEdit
 from mmfix_kernels import Edit, MapReplacement
 
 VisionVariant = Literal["paper", "release"]
@@ -40,51 +43,6 @@ class VisionEdit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionNoise:
-    """The picture after t steps of a diffusion process: ``sqrt(abar_t) x + sqrt(1 - abar_t) e``, e standard normal.
-
-    ``beta_i = sigmoid(linspace(-6, 6, 1000)_i) * (5e-3 - 1e-5) + 1e-5`` and ``abar = cumprod(1 - beta)``, applied to
-    the normalised pixels (VCD, arXiv:2311.16922). The noise of an image depends on `seed` and its shape alone.
-
-    Args:
-        step: t, 0 to 999.
-        seed: of the noise.
-    """
-
-    step: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.step <= 999:
-            raise MethodError(f"noise step {self.step}: give a step from 0 to 999")
-
-    @property
-    def signal(self) -> float:
-        """``abar_t``, the share of the signal's power that is left."""
-        beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
-        return float((1 - beta).cumprod(0)[self.step])
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, …] (one image per row) or packed patches, in the same shape and dtype."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = pixels.shape[1:] if pixels.ndim > 2 else pixels.shape
-        noise = torch.randn(shape, generator=generator).to(pixels.device).expand_as(pixels)
-        signal = self.signal
-        noised: Tensor = signal**0.5 * pixels.float() + (1 - signal) ** 0.5 * noise
-        return noised.to(pixels.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blank:
-    """A picture without content: every pixel is `value` after normalisation (0 is the mean colour)."""
-
-    value: float = 0.0
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return torch.full_like(pixels, self.value)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PromptEdit:
     """Another prompt around the same picture.
 
@@ -107,9 +65,6 @@ class PromptEdit:
         new = torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device)
         none = torch.zeros_like(new, dtype=torch.bool)
         return torch.cat([ids[:start], new, ids[stop:]]), torch.cat([image[:start], none, image[stop:]])
-
-
-PixelEdit = DiffusionNoise | Blank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -81,7 +81,8 @@ class Vision:
 
     def wrapped(self, original: Any) -> Any:
         """``get_image_features`` whose image features hold all looks, side by side in the last axis."""
-        first = next(iter(inspect.signature(original).parameters))
+        names = list(inspect.signature(original).parameters)
+        first = names[0]
 
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -90,17 +91,24 @@ class Vision:
             if self.looking or not asked or not hasattr(output, "pooler_output"):
                 return output
             pixels, rest = (args[0], args[1:]) if args else (kwargs.pop(first), ())
-            return features.pack([output, *self.looks(lambda changed: original(changed, *rest, **kwargs), pixels)])
+            grids = {**dict(zip(names, args, strict=False)), **kwargs}.get("image_grid_thw")
+            lengths = None if grids is None else grids.prod(-1).tolist()
+            looks = self.looks(lambda changed: original(changed, *rest, **kwargs), pixels, lengths)
+            return features.pack([output, *looks])
 
         return get_image_features
 
-    def looks(self, encode: Callable[[Tensor], Any], pixels: Tensor) -> list[Any]:
-        """What `encode`, a pass of the tower over `pixels`, returns for each branch that looks anew."""
-        return [self._look(branch, encode, pixels) for branch in self.branches if branch.looks]
+    def looks(self, encode: Callable[[Tensor], Any], pixels: Tensor, lengths: list[int] | None = None) -> list[Any]:
+        """What `encode`, a pass of the tower over `pixels`, returns for each branch that looks anew.
+
+        Args:
+            lengths: of packed patches, how many every picture has.
+        """
+        changed = [branch.pixels(pixels, lengths) if branch.pixels else pixels for branch in self.branches]
+        looking = [(branch, seen) for branch, seen in zip(self.branches, changed, strict=True) if branch.looks]
+        return [self._look(branch, encode, seen) for branch, seen in looking]
 
     def _look(self, branch: Branch, encode: Callable[[Tensor], Any], pixels: Tensor) -> Any:
-        if branch.pixels is not None:
-            pixels = branch.pixels(pixels)
         edit = branch.vision
         self.looking, self.editing, self.captured, self.edited = True, edit, None, 0
         projector = _projector(self.family) if edit is not None and edit.variant == "release" else None

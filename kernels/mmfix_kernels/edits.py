@@ -186,6 +186,9 @@ class HeadSelect:
     def factors(self, scores: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
         """Float32[B, H, L, 1] from scores and weights [B, H, L, S]; `seen` are the keys of the group, broadcastable."""
         looks = torch.where(seen, weights if self.by == "mass" else scores, 0.0).sum(-1, keepdim=True)
+        # Equal masses (of a map that is the same in all heads) differ by rounding: a little less for every later head.
+        order = torch.arange(looks.shape[1], device=looks.device)[:, None, None]
+        looks = looks - 1e-6 * order * looks.abs().amax(1, keepdim=True)
         kept = looks.argsort(dim=1, descending=True, stable=True)[:, : self.keep]
         factors = torch.full_like(looks, self.factor).scatter(1, kept, 1.0)
         return torch.where(seen.any(-1, keepdim=True), factors, 1.0)

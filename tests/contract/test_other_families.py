@@ -8,6 +8,8 @@ perceiver between tower and language model. (Oracles for all families are in tes
 from __future__ import annotations
 
 import functools
+import json
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from mmfix.method import Method, method
 
 CHOSEN = ("llava-next", "qwen2.5-vl", "gemma3", "idefics2")
 STEPS = 3
+REFUSED = json.loads((files("mmfix_evals") / "families.json").read_text())
 # Four layers instead of five: edits begin a layer earlier.
 MORE: dict[str, dict[str, Any]] = {"var": {"sink_dims": (3, 7, 12, 20), "tau": 1.5, "first_layer": 1}}
 
@@ -47,6 +50,14 @@ def model(tiny: Tiny) -> Any:
 def acting(request: pytest.FixtureRequest) -> Method:
     """Each registered method, with parameters that make it act."""
     return method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
+
+
+@pytest.fixture(autouse=True)
+def _served(tiny: Tiny, acting: Method) -> None:
+    """Methods that a family refuses are refused as docs/families.md says (tests/families/test_table.py)."""
+    reason = REFUSED[acting.info.name]["refused"].get(tiny.title)
+    if reason:
+        pytest.skip(f"refused: {reason}")
 
 
 def greedy(model: Any, inputs: dict[str, Any], **extra: Any) -> Any:

@@ -46,7 +46,7 @@ CASES: dict[str, Case] = {
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
-        active={"tokens": (11,), "at": "question", "beta": 1e-9},
+        active={"tokens": (12,), "at": "question", "beta": 1e-9},
         identity={"alpha": 0.0, "beta": 1e-9},
         other_prompt=True,
     ),
