@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfix_kernels import closed_forms
-from mmfix_kernels.call import Attended, AttentionCall, additive_mask, apply_head_scales
+from mmfix_kernels.call import HEAD_EDITS, Attended, AttentionCall, additive_mask, apply_head_scales
 from mmfix_kernels.edits import (
     NUM_LABELS,
     Group,
-    HeadScale,
     HeadSelect,
     KeyGroups,
     MapReplacement,
@@ -30,6 +29,7 @@ from mmfix_kernels.edits import (
     head_mask,
     membership,
 )
+from mmfix_kernels.keyed import KeyGain, KeyMove
 from mmfix_kernels.maps import count_replaced, replace_rows
 
 CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
@@ -80,7 +80,7 @@ def attend(call: AttentionCall) -> Attended:
 
 def _edited_items(call: AttentionCall) -> Tensor | None:
     """Int64[n]: the batch items that edits touch, when they are fewer than all and the rows are worth the selection."""
-    chosen = [e.batch for e in call.edits if not isinstance(e, HeadScale)]
+    chosen = [e.batch for e in call.edits if not isinstance(e, HEAD_EDITS)]
     if call.query.shape[2] <= FEW or call.masses != "none" or not chosen or any(one is None for one in chosen):
         return None
     touched = torch.stack([one for one in chosen if one is not None]).any(0)
@@ -102,7 +102,8 @@ def _items(call: AttentionCall, items: Tensor) -> AttentionCall:
         columns=None,
         before=pick(call.groups.before),
     )
-    edits = [e if isinstance(e, HeadScale) else replace(e, batch=pick(e.batch)) for e in call.edits]
+    whole = (*HEAD_EDITS, KeyGain, KeyMove)  # they name no batch rows
+    edits = [e if isinstance(e, whole) else replace(e, batch=pick(e.batch)) for e in call.edits]
     return replace(
         call,
         query=call.query.index_select(0, items),
@@ -120,7 +121,7 @@ def _first_edited_row(call: AttentionCall) -> int:
     first = {"none": q_len, "last": q_len - 1, "all": 0}[call.masses]
     if call.groups is not None:
         for edit in call.edits:
-            if not isinstance(edit, HeadScale):
+            if not isinstance(edit, HEAD_EDITS):
                 first = min(first, call.groups.first[edit.rows])
     return first
 
@@ -263,6 +264,8 @@ class _Chunk:
         for n, edit in call.weight_edits:
             if isinstance(edit, MassMove):
                 weights = self.move_mass(edit, weights, fired[n])
+            elif isinstance(edit, KeyMove):
+                weights = self.move_keys(edit, weights, fired[n])
             else:
                 weights = self.replace_map(edit, weights, fired[n])
         output = _values(call, weights)
@@ -277,7 +280,7 @@ class _Chunk:
         one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
         return _by_item(weights[:, :, -1:] if last else weights, one_hot)
 
-    def touched(self, edit: ScoreEdit | MassMove | HeadSelect) -> Tensor | None:
+    def touched(self, edit: ScoreEdit | KeyGain | MassMove | KeyMove | HeadSelect) -> Tensor | None:
         """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
         row_mask = self.groups.rows[edit.rows]
         touched = None if row_mask is None else row_mask[:, None, self.start : self.stop]
@@ -292,9 +295,9 @@ class _Chunk:
     def count(self, touched: Tensor | None) -> Tensor | int:
         return math.prod(self.shape) if touched is None else touched.expand(self.shape).sum()
 
-    def edit_scores(self, edit: ScoreEdit, scores: Tensor, fired: Tensor) -> Tensor:
+    def edit_scores(self, edit: ScoreEdit | KeyGain, scores: Tensor, fired: Tensor) -> Tensor:
         touched = self.touched(edit)
-        places = self.groups.member(edit.group)[:, None, None, :]
+        places = edit.keys(self.groups)
         if touched is not None:
             places = places & touched[..., None]
         visible = places if self.mask is None else places & ~self.mask.isneginf()
@@ -332,6 +335,14 @@ class _Chunk:
         down, up = active * -move.share, torch.where(active, gain, 0.0)
         factor = _by_item(torch.stack([down, up], dim=-1), columns[..., :2].transpose(-1, -2))
         return weights * (1.0 + factor)
+
+    def move_keys(self, move: KeyMove, weights: Tensor, fired: Tensor) -> Tensor:
+        touched = self.touched(move)
+        weights, active = move.moved(weights, None if touched is None else touched[..., None])
+        if move.share:
+            fired[0] += active.sum()
+        fired[1] += self.count(touched)
+        return weights
 
     def replace_map(self, edit: MapReplacement, weights: Tensor, fired: Tensor) -> Tensor:
         shape = weights.shape

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from mmfix_kernels.call import Attended, AttentionCall
+from mmfix_kernels.keyed import KEYED
 from mmfix_kernels.triton.plan import Plan, conflict, make_plan, numbered
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,6 +60,8 @@ def why_not(call: AttentionCall) -> str:
         return f"head width {max(query.shape[3], value.shape[3])} above {MAX_WIDTH}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "the kernel has no backward pass"
+    if any(isinstance(edit, KEYED) for edit in call.edits):
+        return "an edit names single keys or mixes heads"
     if call.head_selects or any(edit.mean_abs_gain for _, edit in call.score_edits):
         return "an edit compares heads, and a program of the kernel holds one"
     plan = plan_of(call)

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mmfix_kernels.call import AttentionCall
+from mmfix_kernels.call import HEAD_EDITS, AttentionCall
 from mmfix_kernels.closed_forms import chosen_items
-from mmfix_kernels.edits import HeadScale, Rows
+from mmfix_kernels.edits import Rows
 from mmfix_kernels.triton.plan import MAP_KIND, MAP_SLOT, ROW_BIT, MapSlot, Plan
 
 # First bit of the slot, or the number of the map shifted by eight; heads; batch rows. None means all.
@@ -34,7 +34,7 @@ def selected(call: AttentionCall, plan: Plan) -> tuple[Selected, ...]:
 
     def items(slot: int) -> tuple[bool, ...] | None:
         edit = edits[number[slot]] if slot in number else None
-        batch = None if edit is None or isinstance(edit, HeadScale) else edit.batch
+        batch = None if edit is None or isinstance(edit, HEAD_EDITS) else edit.batch
         return None if batch is None else chosen_items(batch, count)
 
     slots = [(1 << slot, heads, items(slot)) for slot, heads in plan.heads]
