@@ -15,7 +15,7 @@ from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.edits import Rows, ScoreEdit
 from mmfix_kernels.triton.blocks import LOG2E, NEG_INF, edit_scores, matmul
 from mmfix_kernels.triton.epilogue import touched
-from mmfix_kernels.triton.kernels import head_bits, row_bits
+from mmfix_kernels.triton.rows import head_bits, row_bits
 
 
 @triton.jit(do_not_specialize=["S", "first", "labels_b", "mask_b", "mask_h", "mask_l"])
