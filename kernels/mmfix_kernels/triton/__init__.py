@@ -41,15 +41,23 @@ def unusable() -> str:
     return ""
 
 
-def why_not(call: AttentionCall) -> str:
-    """Why the kernels cannot serve the call; "" when they can."""
+def unfit(device: torch.device) -> str:
+    """Why the kernels serve no call on a device; "" when they serve some."""
     if reason := unusable():
         return reason
-    query, key, value = call.query, call.key, call.value
-    if query.device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not interpreted():
         return "no CUDA device holds the tensors"
-    if query.device.type == "cuda" and _old(query.device):
+    if device.type == "cuda" and _old(device):
         return "compute capability below 8.0"
+    return ""
+
+
+def why_not(call: AttentionCall) -> str:
+    """Why the kernels cannot serve the call; "" when they can."""
+    query, key, value = call.query, call.key, call.value
+    # A compiled decoding step does not ask the machine again: the prompt before it did.
+    if not torch.compiler.is_compiling() and (reason := unfit(query.device)):
+        return reason
     if call.softcap is not None:
         return "the kernel has no soft cap on scores"
     if call.prefix_key is not None and call.prefix_key.dtype != query.dtype:

@@ -93,7 +93,7 @@ def test_a_method_that_compares_heads_is_refused_by_name(method: Method, monkeyp
     """A program of the kernel holds one head; where no backend is forced, another one serves the layer."""
     model, inputs = model_of("llava-gqa"), prompt()
     monkeypatch.setenv("MMFIX_BACKEND", "triton")
-    with pytest.raises(ValueError, match="compares heads.*unset MMFIX_BACKEND"), mmfix.mitigate(model, method):
+    with pytest.raises(ValueError, match=r"compares heads.*unset MMFIX_BACKEND"), mmfix.mitigate(model, method):
         greedy(model, inputs, steps=1)
     monkeypatch.delenv("MMFIX_BACKEND")
     with mmfix.mitigate(model, method) as fix:

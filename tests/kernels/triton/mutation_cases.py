@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from device_cases import make, padded, relabelled
+from device_cases import make, relabelled
 from map_cases import KINDS, checked, shaped
 from prefix_cases import branched
+from support.eager import additive, padded
 
 from mmfix_kernels import AttentionCall, Group, MapReplacement, MassMove, ScoreEdit
 from mmfix_kernels.triton import launch
@@ -50,7 +51,7 @@ def split(edits: str = "plain") -> AttentionCall:
 def masked(edits: str = "plain", hidden: float | None = None) -> AttentionCall:
     mask = padded(20, 20, 5)
     if hidden is not None:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, hidden)
+        mask = additive(mask, hidden)
     return make(20, 20, 32, edits, batch=2, mask=mask, is_causal=False)
 
 
