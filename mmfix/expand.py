@@ -17,7 +17,7 @@ from mmfix.inputs import Inputs
 from mmfix.outer import Outer
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision
-from mmfix_kernels import Edit, HeadScale
+from mmfix_kernels import Edit, HeadMean, HeadScale, KeyGain, KeyMove
 
 _PER_ROW = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
@@ -261,6 +261,8 @@ class Expander:
                 if isinstance(edit, HeadScale):
                     scale = torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0)
                     found.append(HeadScale(scale=scale))
+                elif isinstance(edit, (KeyGain, KeyMove, HeadMean)):
+                    found.append(edit.of(chosen))
                 else:
                     found.append(dataclasses.replace(edit, batch=chosen))
         return found

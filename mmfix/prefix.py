@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from mmfix import features
 from mmfix.branches import Branch
 from mmfix.spans import NEVER, TokenSpans
-from mmfix_kernels import HeadScale, Rows
+from mmfix_kernels import HeadMean, HeadScale, Rows
 
 if TYPE_CHECKING:
     from mmfix.inputs import Inputs
@@ -111,7 +111,7 @@ def shared_length(branches: tuple[Branch, ...], spans: TokenSpans) -> int:
             positions = torch.arange(spans.length, device=spans.image.device)
             length = min(length, int(torch.where(spans.image, positions, spans.length).min()))
         for edit in branch.edits:
-            if isinstance(edit, HeadScale) or edit.rows is Rows.ALL:
+            if isinstance(edit, (HeadScale, HeadMean)) or edit.rows is Rows.ALL:
                 return 0
             starts = spans.starts[edit.rows]
             length = min(length, int(torch.where(starts < NEVER, starts, spans.length).min()))

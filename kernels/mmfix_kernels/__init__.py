@@ -15,6 +15,7 @@ from mmfix_kernels.edits import (
     Rows,
     ScoreEdit,
 )
+from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
 from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
 
 __all__ = [
@@ -24,9 +25,12 @@ __all__ = [
     "Divergence",
     "Edit",
     "Group",
+    "HeadMean",
     "HeadScale",
     "HeadSelect",
+    "KeyGain",
     "KeyGroups",
+    "KeyMove",
     "Label",
     "MapReplacement",
     "MassGate",

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
+
 
 class Label(IntEnum):
     """Label of one key, stored as int8. At most eight exist, so a set of labels is one byte."""
@@ -97,6 +99,10 @@ class ScoreEdit:
         if self.mean_abs_gain:
             edited = edited + self.mean_abs_gain * scores.abs().mean(1, keepdim=True)
         return edited
+
+    def keys(self, groups: KeyGroups) -> Tensor:
+        """Bool[B, 1, 1, S]: the keys whose scores change."""
+        return groups.member(self.group)[:, None, None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +240,7 @@ class MapReplacement:
             raise ValueError(f"MapReplacement.kind={self.kind!r}: choose one of {', '.join(MAP_KINDS)}")
 
 
-Edit = ScoreEdit | MassMove | MapReplacement | HeadSelect | HeadScale
+Edit = ScoreEdit | KeyGain | MassMove | KeyMove | MapReplacement | HeadSelect | HeadMean | HeadScale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,6 +19,9 @@ from mmfix_kernels import closed_forms, triton
 from mmfix_kernels.attention import forced_backend, grouped_attention
 from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.edits import MapReplacement, MassMove, Rows, ScoreEdit
+from mmfix_kernels.keyed import KeyGain, KeyMove
+
+_ON_MAPS = (ScoreEdit, KeyGain, MassMove, KeyMove, MapReplacement)  # edits that change a map
 
 
 class ColumnMass(NamedTuple):
@@ -50,7 +53,7 @@ def _check(backend: str | None, reason: str) -> str:
 
 def why_no_column_kernel(call: AttentionCall) -> str:
     """Why the Triton kernel cannot serve the call; "" when it can."""
-    if any(isinstance(edit, (MassMove, MapReplacement)) for edit in call.edits):
+    if any(isinstance(edit, (MassMove, KeyMove, MapReplacement)) for edit in call.edits):
         return "the column kernel knows the softmax only, not what is done to its weights"
     if call.prefix_key is not None:
         return "the column kernel reads no shared prefix"
@@ -81,7 +84,7 @@ def column_mass(call: AttentionCall, rows: Rows = Rows.ALL, backend: str | None 
 
         return ColumnMass(kernel(call, rows), "triton")
     told = reason if forced_backend() == "triton" else ""
-    edited = any(isinstance(edit, (ScoreEdit, MassMove, MapReplacement)) for edit in call.edits)
+    edited = any(isinstance(edit, _ON_MAPS) for edit in call.edits)
     if backend == "reference" or edited or call.softcap is not None or call.prefix_key is not None:
         return ColumnMass(column_reference(call, rows), "reference", told)
     return ColumnMass(_column_chunks(call, rows), "sdpa", told)
@@ -90,7 +93,7 @@ def column_mass(call: AttentionCall, rows: Rows = Rows.ALL, backend: str | None 
 def column_reference(call: AttentionCall, rows: Rows = Rows.ALL) -> Tensor:
     """The definition: the whole map, which attention itself returns when the values are the identity."""
     b, h_kv, _, _ = call.key.shape
-    edits = [e for e in call.edits if isinstance(e, (ScoreEdit, MassMove, MapReplacement))]
+    edits = [e for e in call.edits if isinstance(e, _ON_MAPS)]
     key = call.whole(call.prefix_key, call.key).float()
     value = torch.eye(call.keys, device=key.device).expand(b, h_kv, -1, -1)
     whole = replace(

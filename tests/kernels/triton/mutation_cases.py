@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from device_cases import make, padded, relabelled
+from device_cases import make, relabelled
 from map_cases import KINDS, checked, shaped
 from prefix_cases import branched
+from support.eager import additive, padded
 
 from mmfix_kernels import AttentionCall, Group, MapReplacement, MassMove, ScoreEdit
 from mmfix_kernels.triton import launch
@@ -25,12 +26,14 @@ MODULES = (
     "blocks",
     "maps",
     "masks",
+    "rows",
+    "state",
     "epilogue",
     "kernels",
     "merge",
     "tensors",
     "launch",
-)  # in the order of their imports
+)  # fmt: skip  (in the order of their imports)
 
 
 MIXED = "mix(mix(b_word, b_head), b_place)"
@@ -48,7 +51,7 @@ def split(edits: str = "plain") -> AttentionCall:
 def masked(edits: str = "plain", hidden: float | None = None) -> AttentionCall:
     mask = padded(20, 20, 5)
     if hidden is not None:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, hidden)
+        mask = additive(mask, hidden)
     return make(20, 20, 32, edits, batch=2, mask=mask, is_causal=False)
 
 
@@ -168,8 +171,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     ),
     "second move": ("epilogue", "if N_MOVES > 1:", "if N_MOVES > 2:", lambda: causal("two moves")),
     "head scale": ("epilogue", "b_out = b_out * b_scale[:, None]", "b_out = b_out * 1.0", lambda: causal("all")),
-    "batch rows of a map": ("kernels", "p_heads + b_item * heads_b", "p_heads", lambda: mapped("uniform", "padded")),
-    "heads of a map": ("kernels", "heads_b + b_head", "heads_b + 0 * b_head", lambda: mapped("random", heads=(1,))),
+    "batch rows of a map": ("rows", "p_heads + b_item * heads_b", "p_heads", lambda: mapped("uniform", "padded")),
+    "heads of a map": ("rows", "heads_b + b_head", "heads_b + 0 * b_head", lambda: mapped("random", heads=(1,))),
     "kind of a map": ("maps", "b_map - 1", "b_map * 0", lambda: two_maps()),
     "seed of a map": ("maps", "b_heads, b_rows, 2).to", "b_heads, b_rows, 0).to", lambda: mapped("random")),
     "row in the generator": ("maps", MIXED, "mix(b_word, b_head)", lambda: mapped("random")),
@@ -194,12 +197,12 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     ),
     "masses of a replaced map": ("epilogue", "b_w = replaced_masses", "_ = replaced_masses", lambda: mapped("random")),
     "where a shuffled weight goes": ("kernels", "b_v_at = (b_from_key - low)", "b_v_at = (b_col - low)", shuffled),
-    "replaced maps in the merge": ("merge", "b_racc += ", "b_racc = ", lambda: mapped("random", "decode")),
-    "branch of a row": ("kernels", "batch * BRANCHES + b_index // (GROUP * L)", "batch * BRANCHES", branching),
+    "replaced maps in the merge": ("state", "b_racc += ", "b_racc = ", lambda: mapped("random", "decode")),
+    "branch of a row": ("rows", "batch * BRANCHES + b_index // (GROUP * L)", "batch * BRANCHES", branching),
     "prompt of a branch": ("kernels", "item = batch * BRANCHES", "item = batch", lambda: branching("pai")),
     "keys of the prefix and after it": ("kernels", "split = split_from +", "split = 0 * split_from +", branching),
-    "batch rows of an edit": ("kernels", "p_heads + b_item * heads_b", "p_heads", some_items),
-    "rescaling in the merge": ("merge", "b_acc * b_old[:, None]", "b_acc", split),
+    "batch rows of an edit": ("rows", "p_heads + b_item * heads_b", "p_heads", some_items),
+    "rescaling in the merge": ("state", "b_acc * b_old[:, None]", "b_acc", split),
     "sums in the merge": (
         "merge", "b_in = in_columns((CLASSES >> 8) & 255)", "b_in = in_columns(CLASSES & 255)", lambda: split("var"),
     ),
