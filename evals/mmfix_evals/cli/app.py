@@ -21,6 +21,7 @@ from mmfix_evals.cli import (
     run,
     score,
     serve,
+    tune,
 )
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
@@ -55,6 +56,7 @@ app.add_typer(calibrate.app, name="calibrate")
 bench.app.command("scoring", epilog=bench_scoring.EXAMPLE)(bench_scoring.scoring_command)
 app.add_typer(bench.app, name="bench")
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve_command)
+app.command("tune", epilog=tune.EXAMPLE)(tune.tune_command)
 
 
 def _print_version(wanted: bool) -> None:
