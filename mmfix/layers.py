@@ -16,7 +16,7 @@ from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.segments import MaskEdit, Opened, Segments
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Attended, AttentionCall, Edit, Group, HeadScale, KeyGroups, Label, grouped_attention
+from mmfix_kernels import Attended, AttentionCall, Edit, Group, HeadMean, HeadScale, KeyGroups, Label, grouped_attention
 from mmfix_kernels.edits import membership
 
 if TYPE_CHECKING:
@@ -309,6 +309,13 @@ class LayerState:
         for n, owner in enumerate(self.owners):
             if owner is not None:
                 counters[owner] += fired[n]
+
+
+def tells_rows_apart(edit: Edit) -> bool:
+    """Whether an edit of a method acts on some batch rows, so that branches without the image may lack it."""
+    if isinstance(edit, HeadScale):
+        return edit.scale.ndim == 2
+    return isinstance(edit, HeadMean) or edit.batch is not None
 
 
 def padded(labels: Tensor, width: int) -> Tensor:

@@ -261,7 +261,7 @@ def parse(text: str) -> Method:
     """
     name, colon, rest = text.partition(":")
     params: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", rest) if colon else []:
+    for part in _outside_brackets(rest) if colon else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise MethodError(f"method {text!r}: {part!r} is not field=value; write {name}:field=value,field=value")
@@ -270,6 +270,18 @@ def parse(text: str) -> Method:
         except json.JSONDecodeError:
             params[key.strip()] = value.strip()
     return method(name.strip(), **params)
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces
 
 
 def spec(method: Method) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.inputs import Inputs
-from mmfix.layers import LayerState
+from mmfix.layers import LayerState, tells_rows_apart
 from mmfix.method import Method
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
@@ -308,9 +308,11 @@ class Session:
         width = past + length
         like = given.like.new_empty(shape[0], width)
         valid = token_spans.padding_mask(kwargs.get("attention_mask"), like)
+        before = None
         if further:
             assert self.talk is not None
             self._check_piece(past)
+            before = self.talk.spans.has_image
             self.talk = self.talk.extended(ids, embeds, image, valid, past)
         else:
             self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
@@ -323,6 +325,8 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
+        if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
+            self._check_late_image()
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -347,6 +351,14 @@ class Session:
             raise MmfixError(
                 f"{names or 'a head method'} needs the ids of every token in the cache, and these are unknown (beams, "
                 "or inputs_embeds); give the whole conversation with a fresh cache"
+            )
+
+    def _check_late_image(self) -> None:
+        """Refuse a first image after the first piece, where a method leaves prompts without an image alone."""
+        if any(tells_rows_apart(edit) for state in self.layers for edit in state.edits):
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: the prompt's first image came after its first "
+                "piece, which ran as a prompt without one; give it at once (no prefill_chunk_size)"
             )
 
     def _begin_text_only(self, types: Tensor | None) -> None:

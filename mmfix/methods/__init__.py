@@ -10,12 +10,14 @@ from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
+from mmfix.methods.vseam import VSEAM
 
 __all__ = [
     "CCA",
@@ -31,9 +33,11 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VSEAM",
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
     "Plausibility",
+    "RetrievalHeads",
     "SoFA",
 ]
