@@ -136,6 +136,14 @@ class Method:
         """Head factors from head outputs at the last prompt position with and without the image, both [B, H, D]."""
         raise NotImplementedError
 
+    def wants_received(self, layer: int, num_layers: int) -> bool:
+        """Whether :meth:`received` is asked at this layer; it costs a second look at the prompt's attention."""
+        return False
+
+    def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
+        """Edits from what each prompt key receives: Float32[B, H, T], the mean attention of the rows that see it."""
+        raise NotImplementedError
+
     @property
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""

@@ -70,6 +70,7 @@ class Session:
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
+        self.received_layers = {n for n in layers for m in methods if m.wants_received(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
         self.talk: Conversation | None = None
         self.seen = 0  # keys seen so far
@@ -199,7 +200,13 @@ class Session:
         """
         from mmfix import prefix as prefixes
 
-        whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
+        whole = (
+            self.sink_layers
+            or self.head_layers
+            or self.received_layers
+            or self.positions
+            or any(m.masks for m in self.methods)
+        )
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and not self.family.cross_layers
@@ -338,6 +345,11 @@ class Session:
             raise MmfixError(
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
+            )
+        if self.received_layers and not self.talk.steps:
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
+                "and this one came in pieces; give it at once (no prefill_chunk_size)"
             )
         if not self.head_layers:
             return

@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package fills the registry."""
 
+from mmfix.methods.act import ACT
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
 from mmfix.methods.hgai import HGAI
@@ -20,6 +21,7 @@ from mmfix.methods.vhr import VHR
 from mmfix.methods.vseam import VSEAM
 
 __all__ = [
+    "ACT",
     "CCA",
     "HGAI",
     "ICD",

@@ -20,6 +20,7 @@ class Case:
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
         whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
         any_pieces: how a prompt is cut makes no difference, as long as its first piece holds an image.
+        ahead: what it does to a row depends on the whole prompt, which must then come in one piece.
         other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
     """
 
@@ -28,6 +29,7 @@ class Case:
     whole_pictures: bool = False
     other_prompt: bool = False
     any_pieces: bool = False
+    ahead: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -35,6 +37,7 @@ HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "he
 CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
+    "act": Case(active={"heads": "all", "threshold": 0.06}, identity={"heads": "all", "keep": 1.0}, ahead=True),
     "vseam": Case(
         active={"heads": ((0, 3, 0.7), (1, 2, 0.6), (2, 0, -0.8), (3, 1, 0.9), (3, 3, -1.0))},
         identity={"heads": ((1, 2, 0.6), (2, 0, -0.8)), "strength": 0.0},
