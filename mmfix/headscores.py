@@ -120,10 +120,16 @@ class _Averaged(Method):
 
 def answer_probability(model: Any, inputs: dict[str, Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
     """Float32[B]: probability that the first token of the answer is one of `answers`, ids for each prompt."""
+    sure = first_token(model, inputs)
+    return torch.stack([sure[row, list(ids)].sum() for row, ids in enumerate(answers)])
+
+
+def first_token(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Float32[B, V]: probabilities of the first token of the answer, in whatever mitigation is running."""
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
-        sure = model(**inputs, **fewer).logits[:, -1].float().softmax(-1)
-    return torch.stack([sure[row, list(ids)].sum() for row, ids in enumerate(answers)])
+        found: Tensor = model(**inputs, **fewer).logits[:, -1].float().softmax(-1)
+    return found
 
 
 def importance(

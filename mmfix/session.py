@@ -79,6 +79,7 @@ class Session:
         self._shared: weakref.ref[Any] | None = None
         self.text_only: TextOnly | None = None
         self.notes: list[str] = []
+        self.calibrated: dict[str, Any] = {}
         self.prompts = 0
         self.passes = 0
         self.extra_passes = 0

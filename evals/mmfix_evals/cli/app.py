@@ -23,6 +23,7 @@ from mmfix_evals.cli import (
     score,
     serve,
 )
+from mmfix_evals.cli import calibrate_more as _calibrate_more  # noqa: F401 - enters its commands
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
