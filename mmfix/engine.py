@@ -123,6 +123,9 @@ def mitigate(
     session = Session(family, methods, backend, telemetry)
     session.calibrated = {m.info.name: found for m in methods if (found := in_use(family.whole, m)) is not None}
     _branch(session, family, methods, backend)
+    if session.watch is not None:
+        session.vision = session.vision or Vision(family, (), backend)
+        session.vision.watch = session.watch
     snapshot = Snapshot(model)
     changed: list[str] = []
     try:

@@ -200,6 +200,8 @@ class LayerState:
         masses = "last" if session.telemetry else "none"
         bare = AttentionCall(**inputs)
         asked = session.current.prefill and not session.current.past and self.layer in session.received_layers
+        if session.watch is not None and session.current.prefill:
+            session.watch.ask(self)
         groups = self._groups(bare.keys) if self.edits or session.telemetry or asked else None
         if asked:
             received.ask(self, dataclasses.replace(bare, groups=groups))

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -142,6 +142,18 @@ class Method:
 
     def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
         """Edits from what each prompt key receives: Float32[B, H, T], the mean attention of the rows that see it."""
+        raise NotImplementedError
+
+    def tower_layers(self, count: int) -> tuple[int, ...]:
+        """Layers of the vision tower's `count` whose class token :meth:`patches` wants to see; none as a rule."""
+        return ()
+
+    def patches(self, maps: Mapping[int, Tensor]) -> Tensor:
+        """Float32[P, N]: a number per patch, from the class token's attention Float32[P, H, N] per tower layer."""
+        raise NotImplementedError
+
+    def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
+        """Edits of one layer from the patches' numbers on the prompt's tokens, Float32[B, T]; 0 on other tokens."""
         raise NotImplementedError
 
     @property

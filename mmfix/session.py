@@ -30,6 +30,7 @@ from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
+from mmfix.watch import TowerWatch
 from mmfix_kernels import Rows
 
 # A first prompt; a further piece of it, or a further turn, on the same cache; generated tokens; the last pass without a
@@ -70,6 +71,8 @@ class Session:
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
+        watches = any(m.tower_layers(len(family.tower_attentions)) for m in methods)
+        self.watch = TowerWatch(family, methods) if watches else None
         self.received_layers = {n for n in layers for m in methods if m.wants_received(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
         self.talk: Conversation | None = None
@@ -205,6 +208,7 @@ class Session:
             self.sink_layers
             or self.head_layers
             or self.received_layers
+            or self.watch is not None
             or self.positions
             or any(m.masks for m in self.methods)
         )
@@ -335,6 +339,8 @@ class Session:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
             self._check_late_image()
+        if self.watch is not None:
+            self.watch.due = "piece" if further else "prompt"
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))

@@ -10,6 +10,7 @@ from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
+from mmfix.methods.paint import PAINT
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sofa import SoFA
@@ -30,6 +31,7 @@ __all__ = [
     "MAS",
     "MMA",
     "PAI",
+    "PAINT",
     "SPIN",
     "VAF",
     "VAR",
