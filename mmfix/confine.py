@@ -26,7 +26,8 @@ from mmfix_kernels import Edit, HeadMean, HeadScale, HeadSelect, KeyGain, KeyMov
 KNOWN = frozenset(
     {
         *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
-        *("scales_text_only", "branches", "mix", "positions", "rewrites_positions"),
+        *("scales_text_only", "branches", "mix", "positions", "rewrites_positions", "wants_received", "received"),
+        *("tower_layers", "patches", "patch_edits"),
     }
 )
 
@@ -42,6 +43,14 @@ class _Confined:
 
     def edits(self, site: Site) -> Sequence[Edit]:
         found: Sequence[Edit] = super().edits(site)  # type: ignore[misc]
+        return [_restricted(edit, self._rows(site)) for edit in found]
+
+    def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
+        found: Sequence[Edit] = super().received(site, mass)  # type: ignore[misc]
+        return [_restricted(edit, self._rows(site)) for edit in found]
+
+    def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
+        found: Sequence[Edit] = super().patch_edits(site, values)  # type: ignore[misc]
         return [_restricted(edit, self._rows(site)) for edit in found]
 
     def mask(self, site: Site) -> Sequence[MaskEdit]:

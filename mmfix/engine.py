@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfix import report as reports
-from mmfix.calibration import calibrated
+from mmfix.calibration import calibrated, in_use
 from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel, UsageError
 from mmfix.expand import Expander
 from mmfix.families import Family, describe, why_not
@@ -119,7 +119,11 @@ def mitigate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     session = Session(family, methods, backend, telemetry)
+    session.calibrated = {m.info.name: found for m in methods if (found := in_use(family.whole, m)) is not None}
     _branch(session, family, methods, backend)
+    if session.watch is not None:
+        session.vision = session.vision or Vision(family, (), backend)
+        session.vision.watch = session.watch
     snapshot = Snapshot(model)
     changed: list[str] = []
     try:

@@ -171,7 +171,9 @@ def why_not(family: Family, method: Method) -> str:
     touches_keys = method.masks or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
-    if touches_keys or drops_image or reads_heads:
+    reads_keys = any(method.wants_received(n, family.num_layers) for n in range(family.num_layers))
+    reads_keys = reads_keys or bool(method.tower_layers(len(family.tower_attentions)))
+    if touches_keys or drops_image or reads_heads or reads_keys:
         return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 

@@ -44,6 +44,8 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
     stack.callback(session.close)
     if session.vision is not None and session.vision.needed:
         _install_vision(family, session.vision, stack)
+    if session.vision is not None and session.watch is not None and "tower" not in session.vision.parts:
+        _install_looking(family, session.vision, "tower", stack)
     if family.outer is not None:
         outer = Outer(family, session)
         if session.expander is not None:

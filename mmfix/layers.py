@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmfix import received
 from mmfix import segments as token_segments
 from mmfix import spans as token_spans
 from mmfix.errors import ConflictError, MmfixError
@@ -16,7 +17,19 @@ from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.segments import MaskEdit, Opened, Segments
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Attended, AttentionCall, Edit, Group, HeadScale, KeyGroups, Label, grouped_attention
+from mmfix_kernels import (
+    Attended,
+    AttentionCall,
+    Edit,
+    Group,
+    HeadMean,
+    HeadScale,
+    KeyGain,
+    KeyGroups,
+    KeyMove,
+    Label,
+    grouped_attention,
+)
 from mmfix_kernels.edits import membership
 
 if TYPE_CHECKING:
@@ -40,6 +53,7 @@ class LayerState:
         self.sinks: Tensor | None = None  # Bool[B, T]
         self.edits: list[Edit] = []
         self.owners: list[int | None] = []  # position of the method that gave each edit
+        self.frozen: list[tuple[Edit, int]] = []  # what methods made of the prompt's attention; stays for its turns
         self.opened: Opened | None = None
         self.mask_owners: list[int] = []
         self.fired: Tensor | None = None  # Int64[methods, 2]
@@ -89,6 +103,10 @@ class LayerState:
             for branch_edit in session.branching.edits(self.layer):
                 self.edits.append(branch_edit)
                 self.owners.append(None)  # what a contrast does is counted where the logits are mixed
+        self.frozen = self.frozen if past else []
+        for edit, owner in self.frozen:
+            self.edits.append(edit)
+            self.owners.append(owner)
         self.opened = None
         if wanted:
             assert segments is not None
@@ -96,7 +114,7 @@ class LayerState:
             if key not in masks:
                 masks[key] = token_segments.opened(segments, key, past)
             self.opened = masks[key]
-        self._reserve()
+        self.reserve()
 
     def step(self, batch: int, total: int, again: bool) -> None:
         """Labels for `batch` rows of `total` keys; what lies beyond the prompt is generated.
@@ -187,8 +205,14 @@ class LayerState:
         self.called = True
         masses = "last" if session.telemetry else "none"
         bare = AttentionCall(**inputs)
-        groups = self._groups(bare.keys) if self.edits or session.telemetry else None
-        plain = dataclasses.replace(bare, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
+        asked = session.current.prefill and not session.current.past and self.layer in session.received_layers
+        if session.watch is not None and session.current.prefill:
+            session.watch.ask(self)
+        groups = self._groups(bare.keys) if self.edits or session.telemetry or asked else None
+        if asked:
+            received.ask(self, dataclasses.replace(bare, groups=groups))
+        edits = self.edits if window is None else self._in_window(bare.keys)
+        plain = dataclasses.replace(bare, groups=groups, edits=edits, masses=masses)  # type: ignore[arg-type]
         if self.opened is None:
             attended = grouped_attention(plain, session.backend)
         else:
@@ -230,6 +254,13 @@ class LayerState:
         if both is not None and base.masses is not None:
             both = torch.lerp(base.masses, both, opened.share)
         return Attended(output, both, attended.fired, attended.backend, attended.reason)
+
+    def _in_window(self, s_len: int) -> list[Edit]:
+        """The edits for a call that keeps the last `s_len` keys."""
+        if not any(isinstance(edit, (KeyGain, KeyMove)) for edit in self.edits):
+            return self.edits
+        offset = max(0, self.session.current.total - s_len)
+        return [e.behind(offset) if isinstance(e, (KeyGain, KeyMove)) else e for e in self.edits]
 
     def _groups(self, s_len: int) -> KeyGroups:
         """Labels and rows of one call with `s_len` keys."""
@@ -299,7 +330,8 @@ class LayerState:
         self.sinks = sinks
         self.labels = padded(token_spans.relabel_sinks(spans.labels, sinks), width)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
+        """Counters ready before a graph is compiled."""
         if self.edits and self.labels is not None:
             self._counters(self.labels.device)
 
@@ -315,6 +347,13 @@ class LayerState:
         for n, owner in enumerate(self.owners):
             if owner is not None:
                 counters[owner] += fired[n]
+
+
+def tells_rows_apart(edit: Edit) -> bool:
+    """Whether an edit of a method acts on some batch rows, so that branches without the image may lack it."""
+    if isinstance(edit, HeadScale):
+        return edit.scale.ndim == 2
+    return isinstance(edit, HeadMean) or edit.batch is not None
 
 
 def padded(labels: Tensor, width: int) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -145,6 +145,26 @@ class Method:
         """Head factors from head outputs at the last prompt position with and without the image, both [B, H, D]."""
         raise NotImplementedError
 
+    def wants_received(self, layer: int, num_layers: int) -> bool:
+        """Whether :meth:`received` is asked at this layer; it costs a second look at the prompt's attention."""
+        return False
+
+    def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
+        """Edits from what each prompt key receives: Float32[B, H, T], the mean attention of the rows that see it."""
+        raise NotImplementedError
+
+    def tower_layers(self, count: int) -> tuple[int, ...]:
+        """Layers of the vision tower's `count` whose class token :meth:`patches` wants to see; none as a rule."""
+        return ()
+
+    def patches(self, maps: Mapping[int, Tensor]) -> Tensor:
+        """Float32[P, N]: a number per patch, from the class token's attention Float32[P, H, N] per tower layer."""
+        raise NotImplementedError
+
+    def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
+        """Edits of one layer from the patches' numbers on the prompt's tokens, Float32[B, T]; 0 on other tokens."""
+        raise NotImplementedError
+
     @property
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
@@ -265,7 +285,7 @@ def parse(text: str) -> Method:
     """
     name, colon, rest = text.partition(":")
     params: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", rest) if colon else []:
+    for part in _outside_brackets(rest) if colon else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise MethodError(f"method {text!r}: {part!r} is not field=value; write {name}:field=value,field=value")
@@ -274,6 +294,18 @@ def parse(text: str) -> Method:
         except json.JSONDecodeError:
             params[key.strip()] = value.strip()
     return method(name.strip(), **params)
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces
 
 
 def spec(method: Method) -> dict[str, Any]:

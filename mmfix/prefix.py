@@ -35,13 +35,12 @@ def worthwhile(session: Session, given: Inputs, kwargs: dict[str, Any]) -> bool:
     """
     if session.branching is None:
         return False
-    whole = session.sink_layers or session.head_layers or session.positions or any(m.masks for m in session.methods)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
     usual = given.kept and given.ids is not None and not kwargs.get("output_hidden_states")
     # Cross-attention keys and first tokens that attend to what follows them have no prefix.
     family = not session.family.cross_layers and not session.family.bidirectional
-    return bool(plain and usual and family and not whole and shareable(given.cache))
+    return bool(plain and usual and family and not session.whole and shareable(given.cache))
 
 
 def compute(session: Session, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:

@@ -22,7 +22,7 @@ from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.inputs import Inputs
-from mmfix.layers import LayerState
+from mmfix.layers import LayerState, tells_rows_apart
 from mmfix.method import Method
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
@@ -30,6 +30,7 @@ from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
+from mmfix.watch import TowerWatch
 from mmfix_kernels import Rows
 
 # A first prompt; a further piece of it, or a further turn, on the same cache; generated tokens; the last pass without a
@@ -70,6 +71,9 @@ class Session:
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
+        watches = any(m.tower_layers(len(family.tower_attentions)) for m in methods)
+        self.watch = TowerWatch(family, methods) if watches else None
+        self.received_layers = {n for n in layers for m in methods if m.wants_received(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
         self.talk: Conversation | None = None
         self.seen = 0  # keys seen so far
@@ -78,6 +82,7 @@ class Session:
         self._shared: weakref.ref[Any] | None = None
         self.text_only: TextOnly | None = None
         self.notes: list[str] = []
+        self.calibrated: dict[str, Any] = {}
         self.prompts = 0
         self.passes = 0
         self.extra_passes = 0
@@ -98,6 +103,12 @@ class Session:
         """Whether hooks on this decoder layer are needed."""
         replay = bool(self.head_layers) and layer <= max(self.head_layers)
         return replay or layer in self.sink_layers
+
+    @property
+    def whole(self) -> bool:
+        """Whether some method looks at whole prompts, so that no part of one may run ahead of the rest."""
+        layers = (self.sink_layers, self.head_layers, self.received_layers)
+        return any(layers) or self.watch is not None or bool(self.positions) or any(m.masks for m in self.methods)
 
     @property
     def rows_per_prompt(self) -> int:
@@ -257,9 +268,11 @@ class Session:
         width = past + length
         like = given.like.new_empty(shape[0], width)
         valid = token_spans.padding_mask(kwargs.get("attention_mask"), like)
+        before = None
         if further:
             assert self.talk is not None
             self._check_piece(past)
+            before = self.talk.spans.has_image
             self.talk = self.talk.extended(ids, embeds, image, valid, past)
         else:
             self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
@@ -272,6 +285,10 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
+        if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
+            self._check_late_image()
+        if self.watch is not None:
+            self.watch.due = "piece" if further else "prompt"
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -283,6 +300,11 @@ class Session:
             raise MmfixError(
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
+            )
+        if self.received_layers and not self.talk.steps:
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
+                "and this one came in pieces; give it at once (no prefill_chunk_size)"
             )
         if not self.head_layers:
             return
@@ -296,6 +318,14 @@ class Session:
             raise MmfixError(
                 f"{names or 'a head method'} needs the ids of every token in the cache, and these are unknown (beams, "
                 "or inputs_embeds); give the whole conversation with a fresh cache"
+            )
+
+    def _check_late_image(self) -> None:
+        """Refuse a first image after the first piece, where a method leaves prompts without an image alone."""
+        if any(tells_rows_apart(edit) for state in self.layers for edit in state.edits):
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: the prompt's first image came after its first "
+                "piece, which ran as a prompt without one; give it at once (no prefill_chunk_size)"
             )
 
     def _begin_text_only(self, types: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from mmfix import features, tower
 from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
+from mmfix.watch import TowerWatch
 from mmfix_kernels import MapReplacement
 from mmfix_kernels.maps import counter_uniform
 
@@ -53,6 +54,7 @@ class Vision:
         self.looking = False  # whether a look other than the plain one is being taken
         self.editing: VisionEdit | None = None  # its edit of the tower
         self.edited = 0  # attention calls changed in this look
+        self.watch: TowerWatch | None = None  # what methods see of the plain look
         self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses
 
     @property
@@ -129,6 +131,8 @@ class Vision:
     def attend(self, state: TowerState, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""
         edit = self.editing
+        if self.watch is not None and state.part == "tower" and not self.looking:
+            self.watch.see(state.layer, inputs)
         layers = len(self.family.looking(state.part))
         if edit is None or edit.part != state.part or not any(state.layer == layer % layers for layer in edit.layers):
             return tower.plain(inputs, self.backend).transpose(1, 2).contiguous(), None

@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package fills the registry."""
 
+from mmfix.methods.act import ACT
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
 from mmfix.methods.hgai import HGAI
@@ -9,15 +10,19 @@ from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
+from mmfix.methods.paint import PAINT
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
+from mmfix.methods.vseam import VSEAM
 
 __all__ = [
+    "ACT",
     "CCA",
     "HGAI",
     "ICD",
@@ -26,14 +31,17 @@ __all__ = [
     "MAS",
     "MMA",
     "PAI",
+    "PAINT",
     "SPIN",
     "VAF",
     "VAR",
     "VCD",
     "VHR",
+    "VSEAM",
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
     "Plausibility",
+    "RetrievalHeads",
     "SoFA",
 ]

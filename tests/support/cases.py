@@ -19,6 +19,9 @@ class Case:
         active: with these it changes the logits of every prompt with an image.
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
         whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
+        any_pieces: how a prompt is cut makes no difference, as long as its first piece holds an image.
+        ahead: what it does to a row depends on the whole prompt, which must then come in one piece.
+        sees_pictures: it reads the vision tower, so that embeddings made elsewhere are refused.
         other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
     """
 
@@ -26,6 +29,9 @@ class Case:
     identity: dict[str, Any] | None = None
     whole_pictures: bool = False
     other_prompt: bool = False
+    any_pieces: bool = False
+    ahead: bool = False
+    sees_pictures: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -33,6 +39,16 @@ HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "he
 CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
+    "act": Case(active={"heads": "all", "threshold": 0.06}, identity={"heads": "all", "keep": 1.0}, ahead=True),
+    "paint": Case(identity={"alpha": 0.0, "beta": 0.0}, sees_pictures=True),
+    "vseam": Case(
+        active={"heads": ((0, 3, 0.7), (1, 2, 0.6), (2, 0, -0.8), (3, 1, 0.9), (3, 3, -1.0))},
+        identity={"heads": ((1, 2, 0.6), (2, 0, -0.8)), "strength": 0.0},
+        any_pieces=True,
+    ),
+    "retrieval-heads": Case(
+        active={"heads": ((0, 1), (1, 2), (2, 0), (3, 1), (3, 2))}, identity={"heads": ()}, any_pieces=True
+    ),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "cca": Case(whole_pictures=True),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
@@ -61,7 +77,7 @@ CASES: dict[str, Case] = {
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "spin")
+NEWEST_ROW = ("hgai", "pai", "paint", "spin")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
