@@ -2,6 +2,7 @@
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
+from mmfix.methods.frame_block import FrameBlock
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
 from mmfix.methods.lqcd import LQCD
@@ -34,6 +35,7 @@ __all__ = [
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
+    "FrameBlock",
     "Plausibility",
     "SoFA",
 ]

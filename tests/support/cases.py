@@ -35,6 +35,7 @@ CASES: dict[str, Case] = {
     "vhr": Case(identity={"alpha": 1.0}),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "cca": Case(whole_pictures=True),
+    "frame-block": Case(identity={"layers": ()}, whole_pictures=True),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "lqcd": Case(
         active={"leading": (11, 12, 13, 14), "beta": 1e-9},
