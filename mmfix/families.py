@@ -158,7 +158,7 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.info.kind == "mask" and family.bidirectional:
+    if method.masks and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}

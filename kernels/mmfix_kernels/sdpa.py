@@ -27,10 +27,12 @@ from mmfix_kernels.edits import (
     MassGate,
     MassMove,
     ScoreEdit,
+    SplitSoftmax,
     head_mask,
     membership,
 )
 from mmfix_kernels.maps import count_replaced, replace_rows
+from mmfix_kernels.split import split
 
 CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
 FEW = 8  # query rows up to which the shared prefix is read in place, and batch items are not told apart
@@ -260,6 +262,8 @@ class _Chunk:
         weights = torch.softmax(scores, dim=-1)
         if self.mask is not None or call.score_edits:  # a row with no allowed key (padding) attends to nothing
             weights = weights.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
+        for n, part in call.splits:
+            weights = self.split(part, scores, weights, fired[n])
         for n, edit in call.weight_edits:
             if isinstance(edit, MassMove):
                 weights = self.move_mass(edit, weights, fired[n])
@@ -277,7 +281,7 @@ class _Chunk:
         one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
         return _by_item(weights[:, :, -1:] if last else weights, one_hot)
 
-    def touched(self, edit: ScoreEdit | MassMove | HeadSelect) -> Tensor | None:
+    def touched(self, edit: ScoreEdit | SplitSoftmax | MassMove | HeadSelect) -> Tensor | None:
         """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
         row_mask = self.groups.rows[edit.rows]
         touched = None if row_mask is None else row_mask[:, None, self.start : self.stop]
@@ -301,6 +305,14 @@ class _Chunk:
         fired[0] += visible.any(-1).expand(self.shape).sum()
         fired[1] += self.count(touched)
         return torch.where(places & ~scores.isneginf(), edit(scores), scores)  # what is hidden stays hidden
+
+    def split(self, edit: SplitSoftmax, scores: Tensor, weights: Tensor, fired: Tensor) -> Tensor:
+        touched = self.touched(edit)
+        places = None if touched is None else touched[..., None]
+        weights, changed = split(edit, scores, weights, self.groups.member(edit.group), places)
+        fired[0] += changed.expand(*self.shape, 1).sum()
+        fired[1] += self.count(touched)
+        return weights
 
     def select_heads(self, edit: HeadSelect, scores: Tensor, weights: Tensor, fired: Tensor) -> Tensor:
         """[B, H, rows, 1]: factors of the heads."""

@@ -9,6 +9,7 @@ from mmfix.methods.lqcd import LQCD
 from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
+from mmfix.methods.mmca import MMCA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.sofa import SoFA
@@ -26,6 +27,7 @@ __all__ = [
     "M3ID",
     "MAS",
     "MMA",
+    "MMCA",
     "PAI",
     "SPIN",
     "VAF",

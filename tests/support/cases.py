@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
         other_prompt=True,
     ),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
+    "mmca": Case(active={"mass": "mean", "layers": (0, 1, 2)}, identity={"layers": ()}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
