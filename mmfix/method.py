@@ -16,12 +16,14 @@ from mmfix.errors import MethodError
 from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
-    from mmfix.branches import Branch, Mix
+    from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
-Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
+Kind = Literal[
+    "score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "prompt", "contrast", "search"
+]
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,18 @@ class Method:
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
+
+    def rewrite(self) -> RepeatQuestion | None:
+        """What is made of every prompt before the model reads it, unseen by ``generate()``; None leaves prompts alone.
+
+        One row per prompt and no extra pass; a longer prompt makes prefill and cache longer.
+        """
+        return None
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the method answers :meth:`rewrite`."""
+        return type(self).rewrite is not Method.rewrite
 
     def mix(self) -> Mix | None:
         """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfix import features
 from mmfix import spans as token_spans
-from mmfix.branches import Mix
+from mmfix.branches import Mix, trimmed
 from mmfix.branches import Rows as BranchRows
 from mmfix.conversation import Conversation, image_tokens
 from mmfix.errors import MmfixError, MmfixWarning
@@ -205,7 +205,7 @@ class Session:
         usual = given.kept and given.ids is not None and not self.family.cross_layers
         usual = usual and not kwargs.get("output_hidden_states")
         usual = usual and not self.family.bidirectional  # whose first tokens attend to what follows them
-        if self.branching is None or whole or not plain or not usual:
+        if self.branching is None or self.branching.rewrite is not None or whole or not plain or not usual:
             return 0, kwargs
         if not prefixes.shareable(given.cache):
             return 0, kwargs
@@ -429,6 +429,8 @@ class Session:
         cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if self.current.prefill and cache is not None:  # called without one, the model makes its own
             self._cache = weakref.ref(cache)
+        if output is not None and self.branching is not None and self.branching.rewrite is not None:
+            return self._rewritten(output)
         if self.mix is None or output is None or self.talk is None or not bool(self.talk.image.any()):
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
@@ -437,6 +439,15 @@ class Session:
         output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
+
+    def _rewritten(self, output: Any) -> Any:
+        """The output at the positions that were asked for, of prompts that a method rewrote."""
+        assert self.talk is not None
+        has_image = self.talk.spans.has_image
+        seen = has_image.new_tensor(has_image.numel() * self._asked, dtype=torch.int64)
+        counts = torch.stack([has_image.sum() * self._asked, seen])
+        self.mixed = counts if self.mixed is None else self.mixed + counts
+        return trimmed(output, self._asked)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -5,6 +5,7 @@ from mmfix.methods.cca import CCA
 from mmfix.methods.frame_block import FrameBlock
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
+from mmfix.methods.jrt import JRT
 from mmfix.methods.lqcd import LQCD
 from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
@@ -23,6 +24,7 @@ __all__ = [
     "CCA",
     "HGAI",
     "ICD",
+    "JRT",
     "LQCD",
     "M3ID",
     "MAS",

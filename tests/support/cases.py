@@ -19,13 +19,15 @@ class Case:
         active: with these it changes the logits of every prompt with an image.
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
         whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
-        other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
+        other_prompt: it puts other tokens into the prompt of a row, which needs left-padded ids in one piece.
+        longer_prompt: and makes it longer, which a cache of fixed size does not hold.
     """
 
     active: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] | None = None
     whole_pictures: bool = False
     other_prompt: bool = False
+    longer_prompt: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -37,6 +39,7 @@ CASES: dict[str, Case] = {
     "cca": Case(whole_pictures=True),
     "frame-block": Case(identity={"layers": ()}, whole_pictures=True),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "jrt": Case(active={"until": "prompt"}, identity={"times": 1}, other_prompt=True, longer_prompt=True),
     "lqcd": Case(
         active={"leading": (11, 12, 13, 14), "beta": 1e-9},
         identity={"alpha": 0.0, "beta": 1e-9},
@@ -65,7 +68,7 @@ NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa")
 # Methods that edit the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("hgai", "pai", "spin")
 # Methods that combine logits: at most one of them at a time.
-CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
+CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
 
 
