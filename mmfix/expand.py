@@ -40,6 +40,7 @@ class Expander:
         self.outer: Outer | None = None  # of a model whose own generate() encodes the picture
         self.image = torch.zeros(0, 0, dtype=torch.bool)  # Bool[B*R, T], image tokens of the rows' prompts
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        self.given_image = self.image  # Bool[B, L], of the piece as it was given
         self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
         self.caches: list[CacheRows] = []
 
@@ -75,7 +76,8 @@ class Expander:
         batch, total = given.like.shape[:2]
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
-        kwargs = self._features(given, kwargs, (image & valid)[:, start:])
+        self.given_image = image & valid
+        kwargs = self._features(given, kwargs, self.given_image[:, start:])
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
         gone = self.rows.without_image(batch, image.device)
         self.longer = 0
@@ -197,8 +199,9 @@ class Expander:
         image = F.pad(self.image[:, -wide.shape[1] :], (0, max(0, wide.shape[1] - self.image.shape[1])))
         if not bool(self.changed.any()):
             return wide
-        factual = slice(None, None, self.rows.count)
-        marked = wide[factual][image[factual]]  # 1 as a rule, 0 for a model whose types mean prompt and answer
+        marked = types[
+            self.given_image[:, -types.shape[1] :]
+        ]  # 1 as a rule, 0 for a model whose types mean prompt and answer
         return torch.where(image, marked.amax() if len(marked) else 0, torch.zeros_like(wide))
 
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:

@@ -18,6 +18,7 @@ from mmfix_kernels import Edit, HeadScale
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
+    from mmfix.hidden import HiddenScale
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
@@ -142,6 +143,10 @@ class Method:
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
         return True
+
+    def hidden_scale(self, layer: int) -> HiddenScale | None:
+        """Dimensions of this layer's input that are scaled for queries and keys alone; asked once, when it starts."""
+        return None
 
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""

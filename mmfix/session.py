@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfix import features
+from mmfix import features, hidden
 from mmfix import spans as token_spans
 from mmfix.branches import Mix, trimmed
 from mmfix.branches import Rows as BranchRows
@@ -45,6 +45,7 @@ class Pass:
     past: int = 0  # keys before this pass
     total: int = 0  # keys after it
     length: int = 0  # prompt tokens of this pass; what follows them is generated
+    at_prompt: bool = False  # it begins with the first token of the prompt
     single: bool = False  # one generated token per row
     rows: dict[Rows, Tensor | None] = field(default_factory=dict)
     first: dict[Rows, int] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Session:
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
+        self.scales_hidden = any(m.hidden_scale(n) is not None for n in layers for m in methods)
         self.talk: Conversation | None = None
         self.seen = 0  # keys seen so far
         self.active = False
@@ -161,7 +163,8 @@ class Session:
                 given = dataclasses.replace(given, past=0)  # the cache may hold the shared start already
         prefill = kind in ("prompt", "piece")
         single = kind == "step" and given.length == 1
-        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
+        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single=single)
+        self.current.at_prompt = kind in ("prompt", "again")
         if prefill:
             self._prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
@@ -199,7 +202,13 @@ class Session:
         """
         from mmfix import prefix as prefixes
 
-        whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
+        whole = (
+            self.scales_hidden
+            or self.sink_layers
+            or self.head_layers
+            or self.positions
+            or any(m.masks for m in self.methods)
+        )
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and not self.family.cross_layers
@@ -335,6 +344,8 @@ class Session:
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
             )
+        if not self.talk.steps and self.scales_hidden:
+            hidden.check_piece(" and ".join(m.info.name for m in self.methods))
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))

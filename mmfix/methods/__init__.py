@@ -13,6 +13,7 @@ from mmfix.methods.mma import MMA
 from mmfix.methods.mmca import MMCA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.positional_hidden import PositionalHidden
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
@@ -41,5 +42,6 @@ __all__ = [
     "CausalMMVision",
     "FrameBlock",
     "Plausibility",
+    "PositionalHidden",
     "SoFA",
 ]

@@ -57,6 +57,9 @@ CASES: dict[str, Case] = {
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "mmca": Case(active={"mass": "mean", "layers": (0, 1, 2)}, identity={"layers": ()}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
+    "positional-hidden": Case(
+        active={"dims": (3, 7, 12), "factor": -4.0, "layers": (1, 2, 3)}, identity={"dims": (3,), "factor": 1.0}
+    ),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
@@ -66,7 +69,7 @@ CASES: dict[str, Case] = {
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "spin")
+NEWEST_ROW = ("hgai", "pai", "positional-hidden", "spin")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
