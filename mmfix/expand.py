@@ -62,7 +62,10 @@ class Expander:
         """
         kwargs = self._prompt(given, kwargs, image_mask, length, start) if prompt else self._step(given, kwargs)
         for name in _PER_ROW:
-            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] != self.valid.shape[0]:
+            given_types = kwargs.get(name)
+            if not isinstance(given_types, Tensor):
+                continue
+            if given_types.shape[0] != self.valid.shape[0] or (self.rewrite is not None and prompt):
                 kwargs[name] = self._types(kwargs[name], prompt)
         cache = given.cache
         self.caches = [known for known in self.caches if known.cache is not None]
@@ -199,9 +202,8 @@ class Expander:
         image = F.pad(self.image[:, -wide.shape[1] :], (0, max(0, wide.shape[1] - self.image.shape[1])))
         if not bool(self.changed.any()):
             return wide
-        marked = types[
-            self.given_image[:, -types.shape[1] :]
-        ]  # 1 as a rule, 0 for a model whose types mean prompt and answer
+        # 1 as a rule, 0 for a model whose types mean prompt and answer.
+        marked = types[self.given_image[:, -types.shape[1] :]]
         return torch.where(image, marked.amax() if len(marked) else 0, torch.zeros_like(wide))
 
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:
