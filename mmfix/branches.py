@@ -67,6 +67,33 @@ class PromptEdit:
         return torch.cat([ids[:start], new, ids[stop:]]), torch.cat([image[:start], none, image[stop:]])
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepeatQuestion:
+    """The question once more (or several times) in front of the picture.
+
+    The question is the text after the last image, up to the answer's marker where one follows.
+
+    Args:
+        times: copies in front of the first image; 0 leaves the prompt as it is.
+        marker: token ids that begin an answer; empty takes everything after the last image.
+    """
+
+    times: int = 1
+    marker: tuple[int, ...] = ()
+
+    def __call__(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """One prompt's ids and image mask, [T] without padding, changed; without an image as they are."""
+        place = image.nonzero()[:, 0]
+        if not len(place):
+            return ids, image
+        first, after = int(place[0]), int(place[-1]) + 1
+        text, width = ids[after:].tolist(), len(self.marker)
+        starts = [n for n in range(len(text)) if width and tuple(text[n : n + width]) == self.marker]
+        question = ids[after : after + starts[0] if starts else len(ids)].repeat(self.times)
+        none = torch.zeros_like(question, dtype=torch.bool)
+        return torch.cat([ids[:first], question, ids[first:]]), torch.cat([image[:first], none, image[first:]])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """One counterfactual row per prompt.
@@ -243,6 +270,14 @@ class Rows:
                 output.hidden_states = tuple(hidden[:: self.count] for hidden in output.hidden_states)
             return output, counts
         return (mixed, *output[1:]), counts
+
+
+def trimmed(output: Any, length: int) -> Any:
+    """A model output with the logits of its last `length` positions."""
+    if hasattr(output, "logits"):
+        output.logits = output.logits[:, -length:]
+        return output
+    return (output[0][:, -length:], *output[1:])
 
 
 def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:

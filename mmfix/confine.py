@@ -19,7 +19,18 @@ from mmfix.families import Family
 from mmfix.method import Method, Site
 from mmfix.segments import MaskEdit
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Edit, HeadMean, HeadScale, HeadSelect, KeyGain, KeyMove, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels import (
+    Edit,
+    HeadMean,
+    HeadScale,
+    HeadSelect,
+    KeyGain,
+    KeyMove,
+    MapReplacement,
+    MassMove,
+    ScoreEdit,
+    SplitSoftmax,
+)
 
 # The answers that this module knows how to confine, or that change nothing by themselves. A method that gives another
 # answer is refused: half of it would act on every prompt.
@@ -141,7 +152,7 @@ def _restricted(edit: Edit, chosen: Tensor) -> Edit:
         return HeadScale(scale=torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0))
     if isinstance(edit, (KeyGain, KeyMove, HeadMean)):
         return edit.of(chosen)
-    if isinstance(edit, (ScoreEdit, MassMove, MapReplacement, HeadSelect)):
+    if isinstance(edit, (ScoreEdit, SplitSoftmax, MassMove, MapReplacement, HeadSelect)):
         return dataclasses.replace(edit, batch=chosen if edit.batch is None else chosen & edit.batch)
     raise ConflictError(
         f"{type(edit).__name__} acts on the whole batch; run the plain model and the method one after the other"

@@ -187,6 +187,15 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
 def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
     """Give the session its branches and mix; at most one method may have them."""
     mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
+    rewriting = [(n, m) for n, m in enumerate(methods) if m.rewrites]
+    if len(mixing) + len(rewriting) > 1 and rewriting:
+        names = " and ".join(repr(m.info.name) for _, m in rewriting + mixing)
+        raise ConflictError(f"methods {names}: the logits of a rewritten prompt are not combined; use one of them")
+    for owner, one in rewriting:
+        rewrite = one.rewrite()
+        if rewrite is not None:
+            session.mix_owner = owner
+            session.expander = Expander(family, (), Vision(family, (), backend), rewrite)
     if len(mixing) > 1:
         names = " and ".join(repr(m.info.name) for _, m in mixing)
         raise ConflictError(f"methods {names} both combine logits; use one of them")

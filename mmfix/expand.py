@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfix.branches import Branch, CacheRows, Rows, drop_image
+from mmfix.branches import Branch, CacheRows, RepeatQuestion, Rows, drop_image
 from mmfix.conversation import image_tokens
 from mmfix.errors import MmfixError
 from mmfix.families import Family
@@ -25,13 +25,22 @@ _PER_ROW = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 class Expander:
     """Expands what ``generate()`` passes, remembers the prompts of the rows, and undoes what it did to caches."""
 
-    def __init__(self, family: Family, branches: tuple[Branch, ...], vision: Vision) -> None:
+    def __init__(
+        self,
+        family: Family,
+        branches: tuple[Branch, ...],
+        vision: Vision,
+        rewrite: RepeatQuestion | None = None,
+    ) -> None:
+        """`rewrite`: what is made of the factual prompts."""
         self.family = family
         self.rows = Rows(branches)
+        self.rewrite = rewrite
         self.vision = vision
         self.outer: Outer | None = None  # of a model whose own generate() encodes the picture
         self.image = torch.zeros(0, 0, dtype=torch.bool)  # Bool[B*R, T], image tokens of the rows' prompts
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        self.given_image = self.image  # Bool[B, L], of the piece as it was given
         self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
         self.caches: list[CacheRows] = []
 
@@ -53,7 +62,10 @@ class Expander:
         """
         kwargs = self._prompt(given, kwargs, image_mask, length, start) if prompt else self._step(given, kwargs)
         for name in _PER_ROW:
-            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape[0] != self.valid.shape[0]:
+            given_types = kwargs.get(name)
+            if not isinstance(given_types, Tensor):
+                continue
+            if given_types.shape[0] != self.valid.shape[0] or (self.rewrite is not None and prompt):
                 kwargs[name] = self._types(kwargs[name], prompt)
         cache = given.cache
         self.caches = [known for known in self.caches if known.cache is not None]
@@ -67,15 +79,16 @@ class Expander:
         batch, total = given.like.shape[:2]
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
-        kwargs = self._features(given, kwargs, (image & valid)[:, start:])
+        self.given_image = image & valid
+        kwargs = self._features(given, kwargs, self.given_image[:, start:])
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
         gone = self.rows.without_image(batch, image.device)
         self.longer = 0
         if given.ids is None:
             assert given.embeds is not None
-            if any(branch.prompt is not None for branch in self.rows.branches):
+            if self.other_prompts:
                 raise MmfixError(
-                    "the prompt came as inputs_embeds, and a branch puts other token ids into it; pass input_ids"
+                    "the prompt came as inputs_embeds, and other token ids are to be put into it; pass input_ids"
                 )
             embeds = self.rows.expand(given.embeds)
             if self.outer is not None:
@@ -87,7 +100,7 @@ class Expander:
             ids = self.rows.expand(given.ids)
             ids, wide_valid = drop_image(ids, wide_valid, wide_image, gone, self._filler())
             wide_image = wide_image & ~gone[:, None]
-            if any(branch.prompt is not None for branch in self.rows.branches):
+            if self.other_prompts:
                 ids, wide_valid, wide_image = self._other_prompts(given, ids, wide_valid, wide_image, length, total)
             kwargs["input_ids"] = ids
         length += self.longer
@@ -125,11 +138,11 @@ class Expander:
         Padding on the right of a prompt stays there, and so do guesses after it.
         """
         if given.past:
-            raise MmfixError("a branch with another prompt cannot follow a prompt in pieces; give the prompt at once")
+            raise MmfixError("other tokens cannot be put into a prompt that comes in pieces; give the prompt at once")
         prompts: list[tuple[Tensor, Tensor]] = []
         for row in range(ids.shape[0]):
             branch = row % self.rows.count
-            edit = self.rows.branches[branch - 1].prompt if branch else None
+            edit = self.rows.branches[branch - 1].prompt if branch else self.rewrite
             real = valid[row, :length]
             own, own_image = ids[row, :length][real], image[row, :length][real]
             prompts.append((own, own_image) if edit is None else edit(own, own_image))
@@ -139,8 +152,8 @@ class Expander:
         self.longer = width - length
         if self.longer and getattr(given.cache, "is_compileable", False):
             raise MmfixError(
-                f"a branch's prompt is {self.longer} tokens longer than the one generate() made its fixed-size cache "
-                "for; use the default cache, or a shorter prompt for the branch"
+                f"a prompt with other tokens is {self.longer} tokens longer than the one generate() made its "
+                "fixed-size cache for; use the default cache, or a shorter prompt"
             )
         new_ids = ids.new_full((ids.shape[0], width), self._filler())
         new_valid = torch.zeros_like(new_ids, dtype=torch.bool)
@@ -187,17 +200,16 @@ class Expander:
             return wide
         wide = F.pad(wide, (self.longer, 0))
         image = F.pad(self.image[:, -wide.shape[1] :], (0, max(0, wide.shape[1] - self.image.shape[1])))
-        changed = any(not b.image or b.prompt is not None for b in self.rows.branches)
-        if not changed:
+        if not bool(self.changed.any()):
             return wide
-        factual = slice(None, None, self.rows.count)
-        marked = wide[factual][image[factual]]  # 1 as a rule, 0 for a model whose types mean prompt and answer
+        # 1 as a rule, 0 for a model whose types mean prompt and answer.
+        marked = types[self.given_image[:, -types.shape[1] :]]
         return torch.where(image, marked.amax() if len(marked) else 0, torch.zeros_like(wide))
 
     def _masks(self, kwargs: dict[str, Any], valid: Tensor, past: int, new: int) -> None:
         """Attention mask and positions of the rows; those of rows whose prompt changed are made anew."""
         mask = kwargs.get("attention_mask")
-        branches, changed = self.rows.branches, self.changed.to(valid.device)
+        changed = self.changed.to(valid.device)
         if isinstance(mask, dict):
             wide = {k: None if m is None else self._wide_mask(m, valid, changed) for k, m in mask.items()}
             kwargs["attention_mask"] = wide
@@ -212,10 +224,10 @@ class Expander:
         if bool(changed.any()):
             own = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + new]
             rows = changed.repeat(valid.shape[0] // self.rows.count)
-            if positions is not None and positions.ndim == 3 and any(b.prompt is not None for b in branches):
+            if positions is not None and positions.ndim == 3 and self.other_prompts:
                 raise MmfixError(
-                    f"{self.family.name} numbers image tokens along several axes, and a branch with "
-                    "another prompt around the image is not built for that; use a method without such a branch"
+                    f"{self.family.name} numbers image tokens along several axes, and "
+                    "another prompt around the image is not built for that; use a method that leaves prompts alone"
                 )
             # Text alone has the same number on every axis.
             positions = own if positions is None else torch.where(rows[:, None], own, positions)
@@ -223,9 +235,16 @@ class Expander:
             kwargs["position_ids"] = positions
 
     @property
+    def other_prompts(self) -> bool:
+        """Whether some row's prompt holds other tokens than the one given."""
+        return self.rewrite is not None or any(branch.prompt is not None for branch in self.rows.branches)
+
+    @property
     def changed(self) -> Tensor:
         """Bool[R]: the rows of a prompt whose tokens are not the factual ones."""
-        return torch.tensor([False, *(not b.image or b.prompt is not None for b in self.rows.branches)])
+        return torch.tensor(
+            [self.rewrite is not None, *(not b.image or b.prompt is not None for b in self.rows.branches)]
+        )
 
     def _wide_mask(self, mask: Tensor, valid: Tensor, changed: Tensor) -> Tensor:
         """A 4-D mask for the rows; those of `changed` branches, whose tokens stand elsewhere, show their own."""

@@ -158,7 +158,7 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.info.kind == "mask" and family.bidirectional:
+    if method.masks and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}
@@ -173,7 +173,7 @@ def why_not(family: Family, method: Method) -> str:
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
     reads_keys = any(method.wants_received(n, family.num_layers) for n in range(family.num_layers))
     reads_keys = reads_keys or bool(method.tower_layers(len(family.tower_attentions)))
-    if touches_keys or drops_image or reads_heads or reads_keys:
+    if touches_keys or drops_image or reads_heads or reads_keys or method.rewrites:
         return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmfix import hidden
 from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.families import Family
 from mmfix.hooks import NAME, register_attention
@@ -42,6 +43,9 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
         stack.callback(handle.remove)
 
     stack.callback(session.close)
+    for one in hidden.hooks(family, session):
+        for handle in one.install():
+            hook(handle)
     if session.vision is not None and session.vision.needed:
         _install_vision(family, session.vision, stack)
     if session.vision is not None and session.watch is not None and "tower" not in session.vision.parts:

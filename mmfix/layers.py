@@ -61,6 +61,7 @@ class LayerState:
         self.kept_for: Tensor | None = None
         self.calls = 0
         self.called = False
+        self.repeating = False  # the attention runs once more for rows that are to stay plain
         self.backend = ""
         self.reason = ""
 
@@ -203,7 +204,7 @@ class LayerState:
             return session.text_only.attend(inputs, session.backend)
         session.check_inside()
         self.called = True
-        masses = "last" if session.telemetry else "none"
+        masses = "last" if session.telemetry and not self.repeating else "none"
         bare = AttentionCall(**inputs)
         asked = session.current.prefill and not session.current.past and self.layer in session.received_layers
         if session.watch is not None and session.current.prefill:
@@ -219,9 +220,9 @@ class LayerState:
             attended = self._attend_opened(self.opened, plain, inputs, window)
         self.backend, self.reason = attended.backend, attended.reason
         output = attended.output
-        if self.edits:
+        if self.edits and not self.repeating:
             self._count(attended.fired)
-        if session.current.prefill and self.layer in session.head_layers:
+        if session.current.prefill and not self.repeating and self.layer in session.head_layers:
             output = self._scale_heads(output)
         if attended.masses is not None:
             mean = attended.masses[:, :, -1].mean(1)
@@ -244,7 +245,7 @@ class LayerState:
             if pairs is not None:
                 rows = rows + pairs.any(-1).sum()
         heads, places = call.query.shape[1], call.query.shape[0] * call.query.shape[1] * call.query.shape[2]
-        for owner in self.mask_owners:
+        for owner in () if self.repeating else self.mask_owners:
             self._counters(mask.device)[owner] += torch.stack([rows * heads, rows.new_tensor(places)])
         if opened.share == 1.0:
             return attended
@@ -332,7 +333,7 @@ class LayerState:
 
     def reserve(self) -> None:
         """Counters ready before a graph is compiled."""
-        if self.edits and self.labels is not None:
+        if (self.edits or self.session.scales_hidden) and self.labels is not None:
             self._counters(self.labels.device)
 
     def _counters(self, device: torch.device) -> Tensor:
@@ -340,6 +341,10 @@ class LayerState:
             with torch.inference_mode(False):  # the counters outlive the caller's mode
                 self.fired = torch.zeros(len(self.session.methods), 2, dtype=torch.int64, device=device)
         return self.fired
+
+    def count(self, owner: int, fired: Tensor, device: torch.device) -> None:
+        """Add Int64[2], places that a method changed and looked at."""
+        self._counters(device)[owner] += fired
 
     def _count(self, fired: Tensor) -> None:
         """Add an attention call's fired counts to the methods that own its edits."""

@@ -16,12 +16,15 @@ from mmfix.errors import MethodError
 from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
-    from mmfix.branches import Branch, Mix
+    from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
+    from mmfix.hidden import HiddenScale
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
-Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
+Kind = Literal[
+    "score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "prompt", "contrast", "search"
+]
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,25 @@ class Method:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
         return True
 
+    def hidden_scale(self, layer: int) -> HiddenScale | None:
+        """Dimensions of this layer's input that are scaled for queries and keys alone; asked once, when it starts."""
+        return None
+
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
+
+    def rewrite(self) -> RepeatQuestion | None:
+        """What is made of every prompt before the model reads it, unseen by ``generate()``; None leaves prompts alone.
+
+        One row per prompt and no extra pass; a longer prompt makes prefill and cache longer.
+        """
+        return None
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the method answers :meth:`rewrite`."""
+        return type(self).rewrite is not Method.rewrite
 
     def mix(self) -> Mix | None:
         """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""

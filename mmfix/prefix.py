@@ -33,7 +33,7 @@ def worthwhile(session: Session, given: Inputs, kwargs: dict[str, Any]) -> bool:
     Not where a method looks at the whole prompt (sinks, heads, masks), and not where the cache or the inputs are not
     those of ``generate()``.
     """
-    if session.branching is None:
+    if session.branching is None or session.branching.rewrite is not None:
         return False
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None

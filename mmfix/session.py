@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmfix import hidden
 from mmfix import prefix as prefixes
 from mmfix import spans as token_spans
-from mmfix.branches import Mix
+from mmfix.branches import Mix, trimmed
 from mmfix.branches import Rows as BranchRows
 from mmfix.conversation import Conversation, image_tokens
 from mmfix.errors import MmfixError, MmfixWarning
@@ -46,6 +47,7 @@ class Pass:
     past: int = 0  # keys before this pass
     total: int = 0  # keys after it
     length: int = 0  # prompt tokens of this pass; what follows them is generated
+    at_prompt: bool = False  # it begins with the first token of the prompt
     single: bool = False  # one generated token per row
     rows: dict[Rows, Tensor | None] = field(default_factory=dict)
     first: dict[Rows, int] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Session:
         self.watch = TowerWatch(family, methods) if watches else None
         self.received_layers = {n for n in layers for m in methods if m.wants_received(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
+        self.scales_hidden = any(m.hidden_scale(n) is not None for n in layers for m in methods)
         self.talk: Conversation | None = None
         self.seen = 0  # keys seen so far
         self.active = False
@@ -107,8 +110,8 @@ class Session:
     @property
     def whole(self) -> bool:
         """Whether some method looks at whole prompts, so that no part of one may run ahead of the rest."""
-        layers = (self.sink_layers, self.head_layers, self.received_layers)
-        return any(layers) or self.watch is not None or bool(self.positions) or any(m.masks for m in self.methods)
+        asked = (self.sink_layers, self.head_layers, self.received_layers, self.watch, self.positions)
+        return any(asked) or self.scales_hidden or any(m.masks for m in self.methods)
 
     @property
     def rows_per_prompt(self) -> int:
@@ -174,7 +177,8 @@ class Session:
                 given = dataclasses.replace(given, past=0)  # the cache may hold the shared start already
         prefill = kind in ("prompt", "piece")
         single = kind == "step" and given.length == 1
-        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single)
+        self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single=single)
+        self.current.at_prompt = kind in ("prompt", "again")
         if prefill:
             self.read_prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
@@ -306,6 +310,8 @@ class Session:
                 f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
                 "and this one came in pieces; give it at once (no prefill_chunk_size)"
             )
+        if not self.talk.steps and self.scales_hidden:
+            hidden.check_piece(" and ".join(m.info.name for m in self.methods))
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
@@ -408,6 +414,8 @@ class Session:
         cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
         if self.current.prefill and cache is not None:  # called without one, the model makes its own
             self._cache = weakref.ref(cache)
+        if output is not None and self.branching is not None and self.branching.rewrite is not None:
+            return self._rewritten(output)
         if self.mix is None or output is None or self.talk is None or not bool(self.talk.image.any()):
             return None
         rows = BranchRows(()) if self.branching is None else self.branching.rows
@@ -416,6 +424,15 @@ class Session:
         output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
+
+    def _rewritten(self, output: Any) -> Any:
+        """The output at the positions that were asked for, of prompts that a method rewrote."""
+        assert self.talk is not None
+        has_image = self.talk.spans.has_image
+        seen = has_image.new_tensor(has_image.numel() * self._asked, dtype=torch.int64)
+        counts = torch.stack([has_image.sum() * self._asked, seen])
+        self.mixed = counts if self.mixed is None else self.mixed + counts
+        return trimmed(output, self._asked)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

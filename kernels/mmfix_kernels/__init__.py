@@ -14,6 +14,7 @@ from mmfix_kernels.edits import (
     MassMove,
     Rows,
     ScoreEdit,
+    SplitSoftmax,
 )
 from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
 from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
@@ -37,6 +38,7 @@ __all__ = [
     "MassMove",
     "Rows",
     "ScoreEdit",
+    "SplitSoftmax",
     "backends",
     "column_mass",
     "forced_backend",

@@ -9,7 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfix_kernels.edits import Edit, HeadScale, HeadSelect, KeyGroups, Label, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels.edits import (
+    Edit,
+    HeadScale,
+    HeadSelect,
+    KeyGroups,
+    Label,
+    MapReplacement,
+    MassMove,
+    ScoreEdit,
+    SplitSoftmax,
+)
 from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
 from mmfix_kernels.maps import places
 
@@ -29,8 +39,8 @@ class AttentionCall:
         scale: factor on ``q·k``; default ``D**-0.5``.
         softcap: ``s <- softcap*tanh(s/softcap)`` before mask and edits.
         groups: labels and rows; needed as soon as there are edits or masses.
-        edits: score edits act before the softmax, then mass moves and map replacements in order, then heads are
-            selected, replaced by means, and scaled.
+        edits: score edits act before the softmax, a split in its place, then mass moves and map replacements in order,
+            then heads are selected, replaced by means, and scaled.
         masses: rows whose group masses are returned.
         prefix_key, prefix_value: [B // R, H_kv, P, D], keys and values that R consecutive batch items share and that
             stand before `key` and `value`; mask and labels then cover P + S keys. None when nothing is shared.
@@ -92,6 +102,10 @@ class AttentionCall:
     @property
     def score_edits(self) -> list[tuple[int, ScoreEdit | KeyGain]]:
         return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, (ScoreEdit, KeyGain))]
+
+    @property
+    def splits(self) -> list[tuple[int, SplitSoftmax]]:
+        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, SplitSoftmax)]
 
     @property
     def weight_edits(self) -> list[tuple[int, MassMove | KeyMove | MapReplacement]]:

@@ -22,12 +22,14 @@ from mmfix_kernels.edits import (
     MassGate,
     MassMove,
     ScoreEdit,
+    SplitSoftmax,
     head_mask,
     membership,
 )
 from mmfix_kernels.keyed import KeyGain, KeyMove
 from mmfix_kernels.maps import count_replaced, replace_rows
 from mmfix_kernels.products import by_item, scores_of, values_of
+from mmfix_kernels.split import split
 
 CHUNK = 1 << 24  # scores held at once: 64 MiB in float32
 
@@ -87,6 +89,8 @@ class Chunk:
         weights = torch.softmax(scores, dim=-1)
         if self.mask is not None or call.score_edits:  # a row with no allowed key (padding) attends to nothing
             weights = weights.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
+        for n, part in call.splits:
+            weights = self.split(part, scores, weights, fired[n])
         for n, edit in call.weight_edits:
             if isinstance(edit, MassMove):
                 weights = self.move_mass(edit, weights, fired[n])
@@ -106,7 +110,7 @@ class Chunk:
         one_hot = F.one_hot(self.groups.labels.long(), NUM_LABELS).to(weights.dtype)
         return by_item(weights[:, :, -1:] if last else weights, one_hot)
 
-    def touched(self, edit: ScoreEdit | KeyGain | MassMove | KeyMove | HeadSelect) -> Tensor | None:
+    def touched(self, edit: ScoreEdit | KeyGain | SplitSoftmax | MassMove | KeyMove | HeadSelect) -> Tensor | None:
         """Bool broadcastable to [B, H, rows] of the rows and heads that an edit may touch; None means all of them."""
         row_mask = self.groups.rows[edit.rows]
         touched = None if row_mask is None else row_mask[:, None, self.start : self.stop]
@@ -130,6 +134,14 @@ class Chunk:
         fired[0] += visible.any(-1).expand(self.shape).sum()
         fired[1] += self.count(touched)
         return torch.where(places & ~scores.isneginf(), edit(scores), scores)  # what is hidden stays hidden
+
+    def split(self, edit: SplitSoftmax, scores: Tensor, weights: Tensor, fired: Tensor) -> Tensor:
+        touched = self.touched(edit)
+        places = None if touched is None else touched[..., None]
+        weights, changed = split(edit, scores, weights, self.groups.member(edit.group), places)
+        fired[0] += changed.expand(*self.shape, 1).sum()
+        fired[1] += self.count(touched)
+        return weights
 
     def select_heads(self, edit: HeadSelect, scores: Tensor, weights: Tensor, fired: Tensor) -> Tensor:
         """[B, H, rows, 1]: factors of the heads."""

@@ -240,7 +240,34 @@ class MapReplacement:
             raise ValueError(f"MapReplacement.kind={self.kind!r}: choose one of {', '.join(MAP_KINDS)}")
 
 
-Edit = ScoreEdit | KeyGain | MassMove | KeyMove | MapReplacement | HeadSelect | HeadMean | HeadScale
+@dataclass(frozen=True, kw_only=True)
+class SplitSoftmax:
+    """Give the keys of `group` and all other keys a softmax each, in place of one over all, and add the two.
+
+    ``w_j = exp(s_j) / sum_{same part} exp(s)``. A row that sees keys of one part only is left as it is. It takes the
+    place of the softmax, after the score edits and before mass moves and replaced maps.
+
+    Args:
+        group: keys of the one part.
+        mass: "sum" leaves both parts whole, so that a row's weights add up to two; "mean" halves them.
+        rows: query rows that are touched.
+        heads: query heads, or None for all.
+        batch: Bool[B], the batch rows that are touched; None means all.
+    """
+
+    group: Group
+    mass: Literal["sum", "mean"] = "sum"
+    rows: Rows = Rows.ALL
+    heads: tuple[int, ...] | None = None
+    batch: Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_heads(self.heads)
+        if self.mass not in ("sum", "mean"):
+            raise ValueError(f"SplitSoftmax.mass={self.mass!r}: choose 'sum' or 'mean'")
+
+
+Edit = ScoreEdit | KeyGain | SplitSoftmax | MassMove | KeyMove | MapReplacement | HeadSelect | HeadMean | HeadScale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

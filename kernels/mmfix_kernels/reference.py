@@ -14,10 +14,12 @@ from mmfix_kernels.edits import (
     MassGate,
     MassMove,
     ScoreEdit,
+    SplitSoftmax,
     head_mask,
 )
 from mmfix_kernels.keyed import KeyGain, KeyMove
 from mmfix_kernels.maps import count_replaced, replace_rows
+from mmfix_kernels.split import softmax, split
 
 
 def why_not(call: AttentionCall) -> str:
@@ -45,7 +47,12 @@ def attend(call: AttentionCall) -> Attended:
         scores = _edit_scores(call.groups, edit, scores, allowed, fired[n])
     scores = scores.masked_fill(~allowed, float("-inf"))
 
-    weights = _softmax(scores)
+    weights = softmax(scores)
+    for n, part in call.splits:
+        assert call.groups is not None
+        touched = _touched(call.groups, part, scores)
+        weights, changed = split(part, scores, weights, call.groups.member(part.group), touched)
+        fired[n, 0], fired[n, 1] = changed.sum(), touched.sum()
     for n, weight_edit in call.weight_edits:
         assert call.groups is not None
         if isinstance(weight_edit, MassMove):
@@ -80,13 +87,9 @@ def attend(call: AttentionCall) -> Attended:
     return Attended(output, masses, fired, "reference")
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over keys; a row with no allowed key gets zeros, not NaN."""
-    weights = torch.softmax(scores, dim=-1)
-    return torch.where(scores.isneginf().all(-1, keepdim=True), torch.zeros_like(weights), weights)
-
-
-def _touched(groups: KeyGroups, edit: ScoreEdit | KeyGain | MassMove | KeyMove | HeadSelect, like: Tensor) -> Tensor:
+def _touched(
+    groups: KeyGroups, edit: ScoreEdit | KeyGain | SplitSoftmax | MassMove | KeyMove | HeadSelect, like: Tensor
+) -> Tensor:
     """Bool[B, H, L, 1]: the batch items, rows and heads that an edit may touch."""
     b, h, q_len, _ = like.shape
     touched = torch.ones(b, h, q_len, 1, dtype=torch.bool, device=like.device)

@@ -3,15 +3,19 @@
 from mmfix.methods.act import ACT
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
+from mmfix.methods.frame_block import FrameBlock
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
+from mmfix.methods.jrt import JRT
 from mmfix.methods.lqcd import LQCD
 from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
+from mmfix.methods.mmca import MMCA
 from mmfix.methods.pai import PAI
 from mmfix.methods.paint import PAINT
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.positional_hidden import PositionalHidden
 from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
@@ -26,10 +30,12 @@ __all__ = [
     "CCA",
     "HGAI",
     "ICD",
+    "JRT",
     "LQCD",
     "M3ID",
     "MAS",
     "MMA",
+    "MMCA",
     "PAI",
     "PAINT",
     "SPIN",
@@ -41,7 +47,9 @@ __all__ = [
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
+    "FrameBlock",
     "Plausibility",
+    "PositionalHidden",
     "RetrievalHeads",
     "SoFA",
 ]

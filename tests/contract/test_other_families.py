@@ -47,8 +47,10 @@ def model(tiny: Tiny) -> Any:
 
 
 @pytest.fixture(params=NAMES)
-def acting(request: pytest.FixtureRequest) -> Method:
+def acting(request: pytest.FixtureRequest, tiny: Tiny) -> Method:
     """Each registered method, with parameters that make it act."""
+    if tiny.name == "qwen2.5-vl" and CASES.get(request.param, Case()).longer_prompt:
+        pytest.skip("positions along several axes are not made for a longer prompt: refused")
     return method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
 
 
@@ -58,6 +60,10 @@ def _served(tiny: Tiny, acting: Method) -> None:
     reason = REFUSED[acting.info.name]["refused"].get(tiny.title)
     if reason:
         pytest.skip(f"refused: {reason}")
+
+
+# What a method would do, the model does by itself.
+NATIVE = {("gemma3", "frame-block")}
 
 
 def greedy(model: Any, inputs: dict[str, Any], **extra: Any) -> Any:
@@ -87,6 +93,8 @@ def traits(model: Any) -> Any:
 
 def test_it_acts_and_is_gone_afterwards(tiny: Tiny, model: Any, acting: Method) -> None:
     """Changes logits and says so; nothing is left after a return and an exception; nesting is a conflict."""
+    if (tiny.name, acting.info.name) in NATIVE:
+        pytest.skip("the model does so by itself")
     inputs = tiny.inputs(padded=True)
     plain, before = logits(model, inputs), traits(model)
     with mmfix.mitigate(model, acting, telemetry=True) as fix:

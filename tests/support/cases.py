@@ -22,7 +22,8 @@ class Case:
         any_pieces: how a prompt is cut makes no difference, as long as its first piece holds an image.
         ahead: what it does to a row depends on the whole prompt, which must then come in one piece.
         sees_pictures: it reads the vision tower, so that embeddings made elsewhere are refused.
-        other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
+        other_prompt: it puts other tokens into the prompt of a row, which needs left-padded ids in one piece.
+        longer_prompt: and makes it longer, which a cache of fixed size does not hold.
     """
 
     active: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Case:
     any_pieces: bool = False
     ahead: bool = False
     sees_pictures: bool = False
+    longer_prompt: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
@@ -51,7 +53,9 @@ CASES: dict[str, Case] = {
     ),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "cca": Case(whole_pictures=True),
+    "frame-block": Case(identity={"layers": ()}, whole_pictures=True),
     "mas": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
+    "jrt": Case(active={"until": "prompt"}, identity={"times": 1}, other_prompt=True, longer_prompt=True),
     "lqcd": Case(
         active={"leading": (11, 12, 13, 14), "beta": 1e-9},
         identity={"alpha": 0.0, "beta": 1e-9},
@@ -67,7 +71,11 @@ CASES: dict[str, Case] = {
         other_prompt=True,
     ),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
+    "mmca": Case(active={"mass": "mean", "layers": (0, 1, 2)}, identity={"layers": ()}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
+    "positional-hidden": Case(
+        active={"dims": (3, 7, 12), "factor": -4.0, "layers": (1, 2, 3)}, identity={"dims": (3,), "factor": 1.0}
+    ),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
@@ -77,9 +85,9 @@ CASES: dict[str, Case] = {
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "paint", "spin")
+NEWEST_ROW = ("hgai", "pai", "paint", "positional-hidden", "spin")
 # Methods that combine logits: at most one of them at a time.
-CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
+CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
 
 

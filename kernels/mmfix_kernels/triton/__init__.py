@@ -72,6 +72,8 @@ def why_not(call: AttentionCall) -> str:
         return "an edit names single keys or mixes heads"
     if call.head_selects or any(edit.mean_abs_gain for _, edit in call.score_edits):
         return "an edit compares heads, and a program of the kernel holds one"
+    if call.splits:
+        return "a softmax per part of the keys"
     plan = plan_of(call)
     return conflict(call) if isinstance(plan, Plan) else plan
 
