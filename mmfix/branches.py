@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
+from mmfix.selection import Outliers, Selection
 from mmfix_kernels import Edit, MapReplacement
 
 VisionVariant = Literal["paper", "release"]
@@ -123,6 +124,7 @@ class Branch:
         prompt: a changed prompt, or None.
         edits: attention edits of this branch alone.
         layers: language layers in which they act; None means all.
+        select: which image tokens this branch keeps; None means all.
     """
 
     image: bool = True
@@ -131,11 +133,17 @@ class Branch:
     prompt: PromptEdit | None = None
     edits: tuple[Edit, ...] = ()
     layers: tuple[int, ...] | None = None
+    select: Selection | None = None
 
     @property
     def looks(self) -> bool:
         """Whether the picture is encoded anew for this branch."""
-        return self.vision is not None or self.pixels is not None
+        return self.vision is not None or self.pixels is not None or isinstance(self.select, Outliers)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the tokens of this branch's prompt are not the factual ones."""
+        return not self.image or self.prompt is not None or isinstance(self.select, Outliers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +299,7 @@ class Rows:
 
 
 def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of `rows` without their image tokens, the others as they are.
+    """Prompts of `rows` without the tokens of `image`, the others as they are.
 
     What is left is pushed to the right, up to where the prompt ended, so that the text after the image stays in place.
 

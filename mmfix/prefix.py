@@ -24,7 +24,7 @@ def shared_length(branches: tuple[Branch, ...], spans: TokenSpans) -> int:
     """Tokens at the start of a batch of prompts that every branch leaves as they are."""
     length = spans.length
     for branch in branches:
-        if not branch.image or branch.prompt is not None:
+        if branch.rewrites:
             return 0
         if branch.looks:
             positions = torch.arange(spans.length, device=spans.image.device)

@@ -2,6 +2,7 @@
 
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
+from mmfix.methods.damro import DAMRO
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
 from mmfix.methods.lqcd import LQCD
@@ -19,6 +20,7 @@ from mmfix.methods.vhr import VHR
 
 __all__ = [
     "CCA",
+    "DAMRO",
     "HGAI",
     "ICD",
     "LQCD",
