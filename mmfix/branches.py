@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
-from mmfix.selection import Outliers, Selection
+from mmfix.selection import Blind, Outliers, Selection
 from mmfix_kernels import Edit, MapReplacement
 
 VisionVariant = Literal["paper", "release"]
@@ -139,6 +139,11 @@ class Branch:
     def looks(self) -> bool:
         """Whether the picture is encoded anew for this branch."""
         return self.vision is not None or self.pixels is not None or isinstance(self.select, Outliers)
+
+    @property
+    def sees_otherwise(self) -> bool:
+        """Whether the features of this branch's image tokens are not the factual ones."""
+        return self.looks or isinstance(self.select, Blind)
 
     @property
     def rewrites(self) -> bool:

@@ -16,6 +16,7 @@ from mmfix.expand import Expander
 from mmfix.families import Family, describe, why_not
 from mmfix.install import disturbed, install
 from mmfix.method import Method
+from mmfix.overlooking import Overlooking
 from mmfix.restore import ATTRIBUTE, Snapshot
 from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
@@ -191,3 +192,5 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         session.vision, session.mix, session.mix_owner = vision, mix, owner
         if branches:
             session.expander = Expander(family, branches, vision)
+            overlooking = Overlooking(session.expander.rows)
+            session.overlooking = overlooking if overlooking.selects else None

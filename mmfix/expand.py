@@ -15,6 +15,7 @@ from mmfix.errors import MmfixError
 from mmfix.families import Family
 from mmfix.inputs import Inputs
 from mmfix.outer import Outer
+from mmfix.selection import Blind, Overlooked
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision
 from mmfix_kernels import Edit, HeadScale
@@ -33,6 +34,7 @@ class Expander:
         self.image = torch.zeros(0, 0, dtype=torch.bool)  # Bool[B*R, T], image tokens of the rows' prompts
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
+        self.maps: Tensor | None = None  # Float32[B, layers, T], where the last row of each prompt looks
         self.caches: list[CacheRows] = []
 
     def expand(
@@ -67,7 +69,8 @@ class Expander:
         batch, total = given.like.shape[:2]
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
-        kwargs, kept = self._features(given, kwargs, (image & valid)[:, start:])
+        blank = self._blank(image & valid, given.past)
+        kwargs, kept = self._features(given, kwargs, (image & valid)[:, start:], _from(blank, start))
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
         left = wide_image & self.rows.without_image(batch, image.device)[:, None]  # tokens that leave the prompts
         if kept is not None:
@@ -83,6 +86,8 @@ class Expander:
             embeds = self.rows.expand(given.embeds)
             if self.outer is not None:
                 embeds = self.outer.row_embeddings(given.embeds, image & valid, self.vision.row_looks)
+            if blank is not None:
+                embeds = embeds.masked_fill(blank[..., None], 0.0)
             kwargs["inputs_embeds"], wide_valid = drop_image(embeds, wide_valid, left, gone, 0)
             wide_image = wide_image & ~left
         else:
@@ -102,7 +107,38 @@ class Expander:
         self._masks(kwargs, whole, given.past, total + self.longer)
         return kwargs
 
-    def _features(self, given: Inputs, kwargs: dict[str, Any], image: Tensor) -> tuple[dict[str, Any], Tensor | None]:
+    @property
+    def measures(self) -> bool:
+        """Whether some branch needs a pass ahead that tells where the prompt's last row looks."""
+        return any(isinstance(branch.select, Blind) for branch in self.rows.branches)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some branch depends on where the prompt's last row looks."""
+        return any(isinstance(branch.select, (Blind, Overlooked)) for branch in self.rows.branches)
+
+    def _blank(self, image: Tensor, past: int) -> Tensor | None:
+        """Bool[B*R, T]: image tokens of the rows whose features are zero; None for none."""
+        if not self.measures or (past and not bool(image.any())):
+            return None
+        if past or self.maps is None:
+            raise MmfixError(
+                "a picture came after the first pass of its prompt, and a branch's view of it depends on the prompt's "
+                "last row, so pieces cannot be joined; give the conversation at once, with a fresh cache"
+            )
+        known = self.maps.shape[-1]
+        rows = [torch.zeros_like(image)]
+        for branch in self.rows.branches:
+            if isinstance(branch.select, Blind):
+                kept = branch.select(self.maps, image[:, :known])
+                rows.append(image & ~F.pad(kept, (0, image.shape[1] - known)))
+            else:
+                rows.append(torch.zeros_like(image))
+        return torch.stack(rows, dim=1).flatten(0, 1)
+
+    def _features(
+        self, given: Inputs, kwargs: dict[str, Any], image: Tensor, blank: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
         """Encode pixels, and give every row the features of its branch.
 
         Also Bool[B*R, T], the image tokens that each row keeps; None when that is all of those that it has.
@@ -112,7 +148,7 @@ class Expander:
             kwargs = self.vision.encode(kwargs)
         if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
             kept = self.vision.kept(kwargs["mm_encoder_outputs"], image)
-            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image, kept)
+            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image, kept, blank)
         elif given.ids is None and self.vision.needed and self.outer is None:
             raise MmfixError(
                 "the image's features are already merged into inputs_embeds, so a branch cannot look at the picture "
@@ -276,7 +312,12 @@ class Expander:
         for cache in self.caches:
             cache.restore()
         self.caches.clear()
+        self.maps = None
         self.image = self.valid = torch.zeros(0, 0, dtype=torch.bool)
+
+
+def _from(tensor: Tensor | None, start: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, start:]
 
 
 def _piece_mask(attention_mask: Any, given: Inputs, new: int) -> Tensor:

@@ -32,7 +32,14 @@ def pack(outputs: Sequence[Any]) -> Any:
     return first
 
 
-def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None], kept: Tensor | None = None) -> Any:
+def take_apart(
+    output: Any,
+    image: Tensor,
+    looks: int,
+    rows: Sequence[int | None],
+    kept: Tensor | None = None,
+    blank: Tensor | None = None,
+) -> Any:
     """The features of expanded rows.
 
     Args:
@@ -41,6 +48,7 @@ def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None
         looks: how many looks are packed.
         rows: for each row of a prompt, the look that it sees, or None for no picture.
         kept: Bool[B*R, T], the image tokens that stay in each row; None for all.
+        blank: Bool[B*R, T], those whose features are zero; None for none.
 
     Returns:
         A copy with the features of each row ``b*R + r`` that sees a picture, in order.
@@ -57,12 +65,14 @@ def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None
                     "the processor and the model disagree"
                 )
             parts = [part.chunk(looks, dim=-1) for part in torch.split(flat, counts)]
-            wide = [
-                part[look] if kept is None else part[look][kept[b * len(rows) + r][image[b]]]
-                for b, part in enumerate(parts)
-                for r, look in enumerate(rows)
-                if look is not None
-            ]
+            wide = []
+            for b, part in enumerate(parts):
+                for r, look in enumerate(rows):
+                    if look is None:
+                        continue
+                    row, own = part[look], b * len(rows) + r
+                    row = row if blank is None else row.masked_fill(blank[own][image[b]][:, None], 0.0)
+                    wide.append(row if kept is None else row[kept[own][image[b]]])
             taken.append(torch.cat(wide) if isinstance(level, Tensor) else wide)
         _set(found, name, taken)
     return found

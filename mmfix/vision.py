@@ -185,18 +185,21 @@ class Vision:
             rows.append(features.marked(outputs["image"], image, self._looks, look) if marks else image)
         return torch.stack(rows, dim=1).flatten(0, 1)
 
-    def take_apart(self, outputs: dict[str, Any], image: Tensor, kept: Tensor | None = None) -> dict[str, Any]:
+    def take_apart(
+        self, outputs: dict[str, Any], image: Tensor, kept: Tensor | None = None, blank: Tensor | None = None
+    ) -> dict[str, Any]:
         """Image features for expanded rows.
 
         Args:
             outputs: ``mm_encoder_outputs`` with packed features.
             image: Bool[B, T], image tokens of the prompts.
             kept: Bool[B*R, T], those that stay in each row; None for all.
+            blank: Bool[B*R, T], those whose features are zero; None for none.
 
         Returns:
             A copy whose images follow the rows ``b*R + r``; rows without an image have none.
         """
-        found = features.take_apart(outputs["image"], image, self._looks, self.row_looks, kept)
+        found = features.take_apart(outputs["image"], image, self._looks, self.row_looks, kept, blank)
         return {**outputs, "image": found}
 
     def encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package fills the registry."""
 
+from mmfix.methods.avisc import AvisC
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
 from mmfix.methods.damro import DAMRO
@@ -11,6 +12,7 @@ from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
+from mmfix.methods.sid import SID
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
@@ -28,11 +30,13 @@ __all__ = [
     "MAS",
     "MMA",
     "PAI",
+    "SID",
     "SPIN",
     "VAF",
     "VAR",
     "VCD",
     "VHR",
+    "AvisC",
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
