@@ -183,8 +183,8 @@ class LayerState:
         self.called = True
         if session.overlooking is not None and session.branching is not None:
             assert session.spans is not None
-            groups = self._groups(AttentionCall(**inputs).keys)
-            inputs = session.overlooking.masked(self.layer, inputs, groups, session.current, session.spans.last)
+            labelled = self._groups(AttentionCall(**inputs).keys)
+            inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry else "none"
         bare = AttentionCall(**inputs)
         groups = self._groups(bare.keys) if self.edits or session.telemetry else None

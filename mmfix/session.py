@@ -27,6 +27,7 @@ from mmfix.measuring import Measuring
 from mmfix.method import Method
 from mmfix.overlooking import Overlooking
 from mmfix.positions import rewriting, rewritten, with_positions
+from mmfix.readouts import Readouts
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
@@ -66,6 +67,7 @@ class Session:
         self.vision: Vision | None = None
         self.expander: Expander | None = None
         self.overlooking: Overlooking | None = None
+        self.readouts: Readouts | None = None
         self.expanding = False  # whether the prompt at hand runs with branches
         self.mix: Mix | None = None
         self.mix_owner = 0
@@ -137,6 +139,8 @@ class Session:
                 "methods that combine logits have no loss; leave labels out and compute it from the logits"
             )
         given = Inputs.read((), kwargs)
+        if self.readouts is not None:
+            self.readouts.keep = kwargs.get("logits_to_keep", 0)
         kind = self._kind(given)
         self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0
@@ -463,7 +467,10 @@ class Session:
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
         beyond = self.current.total - self.talk.spans.length
-        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
+        beside = None if self.readouts is None else self.readouts.logits
+        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond, beside)
+        if self.readouts is not None:
+            self.readouts.clear()
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 

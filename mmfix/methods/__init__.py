@@ -4,6 +4,8 @@ from mmfix.methods.avisc import AvisC
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
 from mmfix.methods.damro import DAMRO
+from mmfix.methods.deco import DeCo
+from mmfix.methods.dola import DoLa
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
 from mmfix.methods.lqcd import LQCD
@@ -40,6 +42,8 @@ __all__ = [
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
+    "DeCo",
+    "DoLa",
     "Plausibility",
     "SoFA",
 ]

@@ -46,6 +46,11 @@ CASES: dict[str, Case] = {
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "avisc": Case(active={"deviations": 0.5, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "damro": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "deco": Case(
+        active={"top_p": 1.0, "top_k": 1000},
+        identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
+    ),
+    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (41,), "at": "question", "beta": 1e-9},
