@@ -199,11 +199,17 @@ class LayerState:
     def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, Tensor | None]:
         """One attention call of the language model."""
         session = self.session
+        if session.measuring is not None:
+            return session.measuring.attend(inputs)
         if session.aside:
             assert session.text_only is not None
             return session.text_only.attend(inputs, session.backend)
         session.check_inside()
         self.called = True
+        if session.overlooking is not None and session.branching is not None:
+            assert session.spans is not None
+            labelled = self._groups(AttentionCall(**inputs).keys)
+            inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry and not self.repeating else "none"
         bare = AttentionCall(**inputs)
         asked = session.current.prefill and not session.current.past and self.layer in session.received_layers

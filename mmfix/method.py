@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
+    from mmfix.readouts import Readout
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
@@ -193,8 +194,12 @@ class Method:
         """Whether the method answers :meth:`rewrite`."""
         return type(self).rewrite is not Method.rewrite
 
+    def readouts(self, family: Family) -> Sequence[Readout]:
+        """Hidden states that are read out as logits beside the model's own; not together with branches."""
+        return ()
+
     def mix(self) -> Mix | None:
-        """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""
+        """How the logits of the branches, or of the readouts, combine; None when nothing is combined or cut."""
         return None
 
     def check(self, name: str, low: float, high: float) -> None:

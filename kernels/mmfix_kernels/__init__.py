@@ -17,7 +17,7 @@ from mmfix_kernels.edits import (
     SplitSoftmax,
 )
 from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
-from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
+from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence, row_weights
 
 __all__ = [
     "Attended",
@@ -44,4 +44,5 @@ __all__ = [
     "forced_backend",
     "grouped_attention",
     "head_divergence",
+    "row_weights",
 ]

@@ -1,8 +1,12 @@
 """The methods, one file each. Importing this package fills the registry."""
 
 from mmfix.methods.act import ACT
+from mmfix.methods.avisc import AvisC
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
+from mmfix.methods.damro import DAMRO
+from mmfix.methods.deco import DeCo
+from mmfix.methods.dola import DoLa
 from mmfix.methods.frame_block import FrameBlock
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
@@ -17,6 +21,7 @@ from mmfix.methods.paint import PAINT
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.positional_hidden import PositionalHidden
 from mmfix.methods.retrieval_heads import RetrievalHeads
+from mmfix.methods.sid import SID
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
 from mmfix.methods.vaf import VAF
@@ -28,6 +33,7 @@ from mmfix.methods.vseam import VSEAM
 __all__ = [
     "ACT",
     "CCA",
+    "DAMRO",
     "HGAI",
     "ICD",
     "JRT",
@@ -38,15 +44,19 @@ __all__ = [
     "MMCA",
     "PAI",
     "PAINT",
+    "SID",
     "SPIN",
     "VAF",
     "VAR",
     "VCD",
     "VHR",
     "VSEAM",
+    "AvisC",
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",
+    "DeCo",
+    "DoLa",
     "FrameBlock",
     "Plausibility",
     "PositionalHidden",

@@ -47,10 +47,8 @@ def model(tiny: Tiny) -> Any:
 
 
 @pytest.fixture(params=NAMES)
-def acting(request: pytest.FixtureRequest, tiny: Tiny) -> Method:
+def acting(request: pytest.FixtureRequest) -> Method:
     """Each registered method, with parameters that make it act."""
-    if tiny.name == "qwen2.5-vl" and CASES.get(request.param, Case()).longer_prompt:
-        pytest.skip("positions along several axes are not made for a longer prompt: refused")
     return method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
 
 

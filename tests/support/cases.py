@@ -64,6 +64,13 @@ CASES: dict[str, Case] = {
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "avisc": Case(active={"deviations": 0.5, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
+    "damro": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "deco": Case(
+        active={"top_p": 1.0, "top_k": 1000},
+        identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
+    ),
+    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (12,), "at": "question", "beta": 1e-9},
@@ -76,6 +83,7 @@ CASES: dict[str, Case] = {
     "positional-hidden": Case(
         active={"dims": (3, 7, 12), "factor": -4.0, "layers": (1, 2, 3)}, identity={"dims": (3,), "factor": 1.0}
     ),
+    "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
@@ -84,8 +92,8 @@ CASES: dict[str, Case] = {
 # logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
-# Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "paint", "positional-hidden", "spin")
+# Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
+NEWEST_ROW = ("avisc", "hgai", "pai", "paint", "positional-hidden", "sid", "spin")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
