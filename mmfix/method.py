@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmfix.families import Family
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
+    from mmfix.steering import Steer
 
 Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
 
@@ -140,6 +141,24 @@ class Method:
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
         return True
+
+    def steering(self, site: Site) -> Sequence[Steer]:
+        """Changes of the hidden states of one layer, asked once per prompt with an image and layer."""
+        return ()
+
+    @property
+    def steers(self) -> bool:
+        """Whether the method answers :meth:`steering`."""
+        return type(self).steering is not Method.steering
+
+    def tower_steering(self, layer: int, num_layers: int) -> Sequence[Steer]:
+        """Changes of the states of one layer of the vision tower, asked once."""
+        return ()
+
+    @property
+    def steers_tower(self) -> bool:
+        """Whether the method answers :meth:`tower_steering`."""
+        return type(self).tower_steering is not Method.tower_steering
 
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""

@@ -27,6 +27,7 @@ from mmfix.method import Method
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
+from mmfix.steering import Steering
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
@@ -89,6 +90,7 @@ class Session:
         self._step_first: dict[Rows, int] = {}
         self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
+        self.steering = Steering.of(self)
 
     @property
     def spans(self) -> TokenSpans | None:
@@ -264,6 +266,8 @@ class Session:
         if self.expander is not None:
             self.expander.restore()
         self.talk = self._cache = self._prompt_ids = None
+        if self.steering is not None:
+            self.steering.close()
         for state in self.layers:
             state.close()
 
@@ -299,6 +303,7 @@ class Session:
     def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
+        answered = self.talk is not None and bool(self.talk.steps)
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
         shape = given.like.shape[:2]
         if self.branching is not None:
@@ -323,6 +328,8 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
+        if self.steering is not None:
+            self.steering.prompt(self.talk.spans, given, further, answered)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -370,6 +377,8 @@ class Session:
             self._ready_steps()
         if given.past:
             self.talk.stepped(given.ids, given.past)
+        if self.steering is not None:
+            self.steering.step(batch)
         for state in self.layers:
             state.step(batch, self.current.total, again=not given.past)
 

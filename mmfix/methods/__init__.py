@@ -16,6 +16,7 @@ from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
+from mmfix.methods.vti import VTI
 
 __all__ = [
     "CCA",
@@ -31,6 +32,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VTI",
     "CausalMM",
     "CausalMMLanguage",
     "CausalMMVision",

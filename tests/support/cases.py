@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from support import steered
+
 from mmfix.method import Method, method, methods
 
 
@@ -54,6 +56,10 @@ CASES: dict[str, Case] = {
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "vti": Case(
+        active={"directions": steered.FOLDER, "alpha_text": 3.0, "alpha_image": 3.0},
+        identity={"alpha_text": 0.0, "alpha_image": 0.0},
+    ),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
