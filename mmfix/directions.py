@@ -1,4 +1,4 @@
-"""Steering directions of one model (VTI, arXiv:2410.15778): found on a few pictures, kept as a file with its provenance.
+"""Steering directions of one model (VTI, arXiv:2410.15778): found on a few pictures, kept in a file with provenance.
 
 The file is safetensors, ``mmfix-vti.safetensors`` in the model's own folder or one in the user's cache (written by
 ``mmfix calibrate vti``). It names the shapes of the model that it was made with, and is refused by any other.
@@ -70,8 +70,10 @@ def text_direction(family: Family, pairs: Iterable[tuple[Batch, Batch]]) -> tupl
     """
     found = []
     for truthful, invented in pairs:
-        states = [torch.stack([s[0, -1] for s in outputs(family.whole, family.layers, b)]) for b in (truthful, invented)]
-        found.append((states[0] - states[1]).flatten())
+        good, bad = (
+            torch.cat([s[0, -1] for s in outputs(family.whole, family.layers, b)]) for b in (truthful, invented)
+        )
+        found.append(good - bad)
     if not found:
         raise MmfixError("no pairs of captions to calibrate on; give at least one")
     return first_component(torch.stack(found)).view(family.num_layers, -1), len(found)
@@ -111,7 +113,7 @@ _LONGEST = 1024  # patches beyond which each having a direction of its own is a 
 
 
 def masked(family: Family, pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Pixels [..., 3, H, W] with `share` of the patches at the mean of their channel; packed patches [N, D] likewise."""
+    """Pixels [..., 3, H, W] with `share` of the patches at their channel's mean; packed patches [N, D] likewise."""
     if pixels.ndim < 3:
         gone = torch.randperm(len(pixels), generator=generator)[: int(share * len(pixels))].to(pixels.device)
         changed = pixels.clone()
@@ -163,7 +165,7 @@ def save(model: Any, found: Directions, folder: Path | None = None) -> Path:
             file.write(to_bytes(tensors, {"mmfix": json.dumps(facts)}))
         os.replace(file.name, path)
     except OSError as error:
-        raise MmfixError(f"cannot write the directions to {path}: {error.strerror}; choose a writable folder") from error
+        raise MmfixError(f"cannot write directions to {path}: {error.strerror}; choose a writable folder") from error
     return path
 
 
@@ -175,12 +177,15 @@ def load(family: Family, path: str | None = None) -> Directions:
     """
     model = family.whole
     name = calibration._name(model)
-    places = [Path(name) / FILE, _cache_file(model)] if path is None else [Path(path), Path(path) / _cache_file(model).name]
+    cached = _cache_file(model)
+    places = (Path(name) / FILE, cached) if path is None else (Path(path), Path(path) / cached.name)
     file = next((p for p in places if p.is_file()), None)
     again = f"run `mmfix calibrate vti --model {name}`"
     if file is None:
         where = "" if path is None else f" in {path!r}"
-        raise MethodError(f"vti needs steering directions of {name!r} and there are none{where}; {again}, or give vti.directions")
+        raise MethodError(
+            f"vti needs steering directions of {name!r} and there are none{where}; {again}, or give vti.directions"
+        )
     try:
         with safe_open(file, "pt") as content:
             facts = json.loads((content.metadata() or {}).get("mmfix", "null"))

@@ -61,8 +61,9 @@ class Steer:
         factor: float | Tensor = self.strength
         if self.opposing:
             factor = factor * (1 + cosine_similarity(states, -d, dim=-1).clamp(min=0))[..., None]
-        turned = normalize(normalize(states, dim=-1) + factor * normalize(d, dim=-1), dim=-1)
-        return (turned * states.norm(dim=-1, keepdim=True)).to(x.dtype)
+        turned: Tensor = normalize(normalize(states, dim=-1) + factor * normalize(d, dim=-1), dim=-1)
+        turned = turned * states.norm(dim=-1, keepdim=True)
+        return turned.to(x.dtype)
 
 
 class LayerSteering:
@@ -137,14 +138,16 @@ class Steering:
         Args:
             further: whether a piece came before; turn: whether it was answered.
         """
-        names = " and ".join(m.info.name for m in self.session.methods if m.steers or m.steers_tower)
-        if given.ids is None and self.session.family.outer is None and any(m.steers_tower for m in self.session.methods):
+        family, methods = self.session.family, self.session.methods
+        names = " and ".join(m.info.name for m in methods if m.steers or m.steers_tower)
+        if given.ids is None and family.outer is None and any(m.steers_tower for m in methods):
             raise MmfixError(
                 f"the image's features are already merged into inputs_embeds, so {names} cannot look at the picture "
                 "anew; pass input_ids and pixel_values"
             )
         with_image, before = spans.has_image, self.has_image
-        if further and not turn and before is not None and bool((rows_for(before, len(with_image)) != with_image).any()):
+        known = None if before is None or turn or not further else rows_for(before, len(with_image))
+        if known is not None and bool((known != with_image).any()):
             raise MmfixError(
                 f"the prompt's first image came after its first piece, which {names} left alone; give the prompt at "
                 "once (no prefill_chunk_size)"
@@ -155,7 +158,7 @@ class Steering:
             layer.edits = []
             if spans.any_image:
                 site = layer.state.site(spans)
-                layer.edits = [(n, e) for n, m in enumerate(self.session.methods) for e in m.steering(site)]
+                layer.edits = [(n, e) for n, m in enumerate(methods) for e in m.steering(site)]
 
     def step(self, batch: int) -> None:
         """Decode tokens, for a batch that may have grown by beams."""
@@ -217,7 +220,7 @@ def mlp_of(layer: nn.Module) -> nn.Module:
         if isinstance(found, nn.Module):
             return found
     raise UnsupportedModel(
-        f"{type(layer).__name__} has no MLP called {', '.join(_MLPS)}, whose output could be steered; use another method"
+        f"{type(layer).__name__} has no MLP called {', '.join(_MLPS)}, to change the output of; use another method"
     )
 
 
@@ -227,5 +230,5 @@ def tower_layers(family: Family) -> tuple[nn.Module, ...]:
     found = () if family.tower is None else family.tower.modules()
     layers = tuple(m for m in found if any(id(child) in attentions for child in m.children()))
     if not layers:
-        raise UnsupportedModel(f"{family.name}: the layers of the vision tower cannot be found, so it cannot be steered")
+        raise UnsupportedModel(f"{family.name}: the layers of its vision tower cannot be found; use another method")
     return layers

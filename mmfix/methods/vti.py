@@ -67,8 +67,8 @@ class VTI(Method):
         for name, used, tensor in parts:
             if used and tensor is None:
                 raise MethodError(
-                    f"vti.{name}={getattr(self, name):g}: the directions at hand have none for it; give pairs of captions "
-                    f"to `mmfix calibrate vti`, or set vti.{name}=0"
+                    f"vti.{name}={getattr(self, name):g}: the directions at hand have none for it; give pairs of "
+                    f"captions to `mmfix calibrate vti`, or set vti.{name}=0"
                 )
         ready = replace(self)
         object.__setattr__(ready, "found", found)
