@@ -171,7 +171,7 @@ def why_not(family: Family, method: Method) -> str:
     touches_keys = method.masks or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
-    if touches_keys or drops_image or reads_heads:
+    if touches_keys or drops_image or reads_heads or method.compares_states:
         return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 

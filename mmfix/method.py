@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmfix.families import Family
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
-    from mmfix.steering import Steer
+    from mmfix.steering import Blend, Steer
 
 Kind = Literal["score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "contrast", "search"]
 
@@ -69,6 +69,8 @@ class Site:
         num_layers, num_heads: of the language model.
         spans: token spans of the prompt at hand.
         segments: roles, images and turns of its tokens; for methods that answer :meth:`Method.mask`, else None.
+        states: outputs of this layer at the last token of the prompt with and without its image, [B, hidden] each, from
+            plain passes; for methods that set :attr:`Method.compares_states`, else None.
     """
 
     layer: int
@@ -76,6 +78,7 @@ class Site:
     num_heads: int
     spans: TokenSpans
     segments: Segments | None = None
+    states: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,15 @@ class Method:
     def steers(self) -> bool:
         """Whether the method answers :meth:`steering`."""
         return type(self).steering is not Method.steering
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether :meth:`steering` reads the states of the prompt with and without its image; two more prefills."""
+        return False
+
+    def blend(self) -> Blend | None:
+        """What the language head reads besides the last layer's states; None for nothing."""
+        return None
 
     def tower_steering(self, layer: int, num_layers: int) -> Sequence[Steer]:
         """Changes of the states of one layer of the vision tower, asked once."""

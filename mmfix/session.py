@@ -27,7 +27,7 @@ from mmfix.method import Method
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
-from mmfix.steering import Steering
+from mmfix.steerer import Steering
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
@@ -91,6 +91,7 @@ class Session:
         self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
         self.steering = Steering.of(self)
+        self.comparing = False  # whether a plain pass of the prompt runs, for methods that compare its states
 
     @property
     def spans(self) -> TokenSpans | None:
@@ -202,6 +203,7 @@ class Session:
         from mmfix import prefix as prefixes
 
         whole = self.sink_layers or self.head_layers or self.positions or any(m.masks for m in self.methods)
+        whole = whole or (self.steering is not None and self.steering.whole)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
         usual = given.kept and given.ids is not None and not self.family.cross_layers
@@ -329,7 +331,7 @@ class Session:
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         if self.steering is not None:
-            self.steering.prompt(self.talk.spans, given, further, answered)
+            self.steering.prompt(self.talk.spans, given, further, answered, kwargs)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -418,8 +420,8 @@ class Session:
 
     @property
     def aside(self) -> bool:
-        """Whether the text-only branch is running."""
-        return self.text_only is not None and bool(self.text_only.running)
+        """Whether a pass aside of the real one is running: the text-only branch, or a plain one."""
+        return self.comparing or (self.text_only is not None and bool(self.text_only.running))
 
     def finish(self, output: Any) -> Any:
         """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.

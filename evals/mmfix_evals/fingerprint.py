@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".model", ".txt", ".jinja")
-NOT_THE_MODELS = ("mmfix-vti.safetensors",)  # steering directions: a parameter of one method, with a provenance of its own
+NOT_THE_MODELS = (
+    "mmfix-vti.safetensors",
+)  # steering directions: a parameter of one method, with a provenance of its own
 
 
 def fingerprint(decoder: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
+from mmfix.methods.vista import VISTA
 from mmfix.methods.vti import VTI
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VISTA",
     "VTI",
     "CausalMM",
     "CausalMMLanguage",

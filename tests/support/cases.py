@@ -56,6 +56,7 @@ CASES: dict[str, Case] = {
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}),
     "vti": Case(
         active={"directions": steered.FOLDER, "alpha_text": 3.0, "alpha_image": 3.0},
         identity={"alpha_text": 0.0, "alpha_image": 0.0},
@@ -68,6 +69,8 @@ CASES: dict[str, Case] = {
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that edit the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("hgai", "pai", "spin")
+# Methods that steer by the prompt's last token, which they must see whole.
+LAST_TOKEN = ("vista",)
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
