@@ -26,7 +26,7 @@ from mmfix_kernels import Edit, HeadScale, HeadSelect, MapReplacement, MassMove,
 KNOWN = frozenset(
     {
         *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
-        *("scales_text_only", "branches", "mix", "positions", "rewrites_positions"),
+        *("scales_text_only", "branches", "readouts", "mix", "positions", "rewrites_positions"),
     }
 )
 
@@ -79,19 +79,21 @@ class _Confined:
         found: Mix | None = super().mix()  # type: ignore[misc]
         if found is None:
             return None
-        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-        return _ConfinedMix(**fields, prompts=self._prompts)
+        cls: Any = type(type(found).__name__, (_ConfinedMix, type(found)), {})
+        confined = object.__new__(cls)
+        confined.__dict__.update(found.__dict__, prompts=self._prompts)
+        return confined  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ConfinedMix(Mix):
-    """A mix of the logits of some prompts; the others keep their factual logits."""
+class _ConfinedMix:
+    """Mixed in before a mix's class: logits of some prompts are mixed, the others keep their factual ones."""
 
-    prompts: tuple[bool, ...] = ()
+    prompts: tuple[bool, ...]
 
     def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         chosen = torch.tensor(self.prompts, device=logits.device)
-        return torch.where(chosen[:, None, None], super().__call__(logits, steps), logits[:, 0])
+        mixed: Tensor = super().__call__(logits, steps)  # type: ignore[misc]
+        return torch.where(chosen[:, None, None], mixed, logits[:, 0])
 
 
 def confine(method: Method, prompts: Sequence[bool]) -> Method:

@@ -16,6 +16,8 @@ from mmfix.expand import Expander
 from mmfix.families import Family, describe, why_not
 from mmfix.install import disturbed, install
 from mmfix.method import Method
+from mmfix.overlooking import Overlooking
+from mmfix.readouts import Readouts
 from mmfix.restore import ATTRIBUTE, Snapshot
 from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
@@ -177,10 +179,22 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         names = " and ".join(repr(m.info.name) for _, m in mixing)
         raise ConflictError(f"methods {names} both combine logits; use one of them")
     for owner, one in mixing:
-        branches, mix = tuple(one.branches(family)), one.mix()
+        branches, mix, readouts = tuple(one.branches(family)), one.mix(), tuple(one.readouts(family))
         assert mix is not None
-        if len(mix.weights) != 1 + len(branches):
-            raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
+        if branches and readouts:
+            raise MethodError(f"{one.info.name}: branches and readouts do not go together; give one of them")
+        if len(mix.weights) != 1 + len(branches) + len(readouts):
+            raise MethodError(
+                f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches) + len(readouts)} branches"
+            )
+        blending = [m.info.name for m in methods if m.blend() is not None]
+        if readouts and blending:
+            raise ConflictError(
+                f"{one.info.name!r} reads layers out beside the model's own logits, which {blending[0]!r} mixes with "
+                "layers too; use one of them"
+            )
+        if readouts:
+            session.readouts = Readouts(family, readouts, session)
         vision = Vision(family, branches, backend)
         if vision.edits_tower and not all(family.looking(p) for p in vision.parts):
             raise UnsupportedModel(
@@ -191,3 +205,5 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         session.vision, session.mix, session.mix_owner = vision, mix, owner
         if branches:
             session.expander = Expander(family, branches, vision)
+            overlooking = Overlooking(session.expander.rows)
+            session.overlooking = overlooking if overlooking.selects else None

@@ -59,6 +59,10 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
     hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
     if family.model.base_model is not family.model:
         hook(family.model.base_model.register_forward_pre_hook(lambda module, args: session.check_inside()))
+    if session.readouts is not None:
+        stack.callback(session.readouts.clear)
+        for handle in session.readouts.hooks():
+            hook(handle)
     for n, layer in enumerate(family.layers):
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session.layers[n]), with_kwargs=True))

@@ -176,11 +176,17 @@ class LayerState:
         session = self.session
         if session.comparing:
             return grouped_attention(AttentionCall(**inputs), session.backend).output.transpose(1, 2).contiguous(), None
+        if session.measuring is not None:
+            return session.measuring.attend(inputs)
         if session.aside:
             assert session.text_only is not None
             return session.text_only.attend(inputs, session.backend)
         session.check_inside()
         self.called = True
+        if session.overlooking is not None and session.branching is not None:
+            assert session.spans is not None
+            labelled = self._groups(AttentionCall(**inputs).keys)
+            inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry else "none"
         bare = AttentionCall(**inputs)
         groups = self._groups(bare.keys) if self.edits or session.telemetry else None

@@ -18,6 +18,8 @@ from mmfix_kernels import Edit, HeadScale
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix
     from mmfix.families import Family
+    from mmfix.readouts import Readout
+    from mmfix.retracing import Retrace
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
     from mmfix.steering import Blend, Steer
@@ -163,6 +165,10 @@ class Method:
         """What the language head reads besides the last layer's states; None for nothing."""
         return None
 
+    def retrace(self) -> Retrace | None:
+        """Where uncertain tokens look at the image again, asked once; None for nowhere."""
+        return None
+
     def tower_steering(self, layer: int, num_layers: int) -> Sequence[Steer]:
         """Changes of the states of one layer of the vision tower, asked once."""
         return ()
@@ -176,8 +182,12 @@ class Method:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
 
+    def readouts(self, family: Family) -> Sequence[Readout]:
+        """Hidden states that are read out as logits beside the model's own; not together with branches."""
+        return ()
+
     def mix(self) -> Mix | None:
-        """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""
+        """How the logits of the branches, or of the readouts, combine; None when nothing is combined or cut."""
         return None
 
     def check(self, name: str, low: float, high: float) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmfix.branches import Branch
+from mmfix.selection import Overlooked
 from mmfix.spans import NEVER, TokenSpans
 from mmfix_kernels import HeadScale, Rows
 
@@ -24,9 +25,9 @@ def shared_length(branches: tuple[Branch, ...], spans: TokenSpans) -> int:
     """Tokens at the start of a batch of prompts that every branch leaves as they are."""
     length = spans.length
     for branch in branches:
-        if not branch.image or branch.prompt is not None:
+        if branch.rewrites or isinstance(branch.select, Overlooked):
             return 0
-        if branch.looks:
+        if branch.sees_otherwise:
             positions = torch.arange(spans.length, device=spans.image.device)
             length = min(length, int(torch.where(spans.image, positions, spans.length).min()))
         for edit in branch.edits:

@@ -23,8 +23,11 @@ from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.inputs import Inputs
 from mmfix.layers import LayerState
+from mmfix.measuring import Measuring
 from mmfix.method import Method
+from mmfix.overlooking import Overlooking
 from mmfix.positions import rewriting, rewritten, with_positions
+from mmfix.readouts import Readouts
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.steerer import Steering
@@ -64,6 +67,8 @@ class Session:
         self.image_mask: Tensor | None = None
         self.vision: Vision | None = None
         self.expander: Expander | None = None
+        self.overlooking: Overlooking | None = None
+        self.readouts: Readouts | None = None
         self.expanding = False  # whether the prompt at hand runs with branches
         self.mix: Mix | None = None
         self.mix_owner = 0
@@ -78,6 +83,7 @@ class Session:
         self.current = Pass()
         self._shared: weakref.ref[Any] | None = None
         self.text_only: TextOnly | None = None
+        self.measuring: Measuring | None = None
         self.notes: list[str] = []
         self.prompts = 0
         self.passes = 0
@@ -136,6 +142,8 @@ class Session:
                 "methods that combine logits have no loss; leave labels out and compute it from the logits"
             )
         given = Inputs.read((), kwargs)
+        if self.readouts is not None:
+            self.readouts.keep = kwargs.get("logits_to_keep", 0)
         kind = self._kind(given)
         self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0
@@ -155,6 +163,8 @@ class Session:
                 "prompt at once (no prefill_chunk_size)"
             )
         expanded = None
+        if kind == "prompt" and self.branching is not None and self.branching.measures:
+            kwargs = self._measure(given, kwargs, length)
         prefix, kwargs = self._prefix(given, kwargs, length) if kind == "prompt" else (0, kwargs)
         if self.branching is not None:
             expanded = self.branching.expand(given, kwargs, self.image_mask, length, kind != "step", prefix)
@@ -184,6 +194,22 @@ class Session:
         if expanded is None:
             return ((), kwargs) if args else None
         return (), expanded
+
+    def _measure(self, given: Inputs, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+        """Where the last row of each prompt looks, by a plain pass ahead; returns the inputs, pictures encoded."""
+        assert self.expander is not None
+        if kwargs.get("pixel_values") is not None:
+            kwargs = self.expander.vision.encode(kwargs)
+        valid = token_spans.padding_mask(kwargs.get("attention_mask"), given.like[:, :length])
+        last = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(-1)
+        alone = kwargs if length == given.length else _cut(kwargs, slice(0, length), slice(0, length))
+        self.measuring = Measuring(self.family, last, self.backend)
+        try:
+            self.expander.maps = self.measuring.run(alone)
+        finally:
+            self.measuring = None
+        self.extra_passes += 1
+        return kwargs
 
     def _rewrite(self, given: Inputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with the positions that a method gives them."""
@@ -267,6 +293,8 @@ class Session:
         self._unshare()
         if self.expander is not None:
             self.expander.restore()
+        if self.overlooking is not None:
+            self.overlooking.close()
         self.talk = self._cache = self._prompt_ids = None
         if self.steering is not None:
             self.steering.close()
@@ -344,6 +372,11 @@ class Session:
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
             )
+        if not self.talk.steps and self.branching is not None and self.branching.chooses:
+            raise MmfixError(
+                f"{self.methods[self.mix_owner].info.name}: a branch depends on where the prompt's last row looks, and "
+                "the prompt came in pieces; give it at once (no prefill_chunk_size)"
+            )
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
@@ -420,8 +453,9 @@ class Session:
 
     @property
     def aside(self) -> bool:
-        """Whether a pass aside of the real one is running: the text-only branch, or a plain one."""
-        return self.comparing or (self.text_only is not None and bool(self.text_only.running))
+        """Whether a pass beside the prompt's own is running: the text-only branch, or one that compares or measures."""
+        beside = self.comparing or self.measuring is not None
+        return beside or (self.text_only is not None and bool(self.text_only.running))
 
     def finish(self, output: Any) -> Any:
         """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.
@@ -445,7 +479,10 @@ class Session:
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
         beyond = self.current.total - self.talk.spans.length
-        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
+        beside = None if self.readouts is None else self.readouts.logits
+        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond, beside)
+        if self.readouts is not None:
+            self.readouts.clear()
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 

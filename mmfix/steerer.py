@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from mmfix.comparing import last_states
 from mmfix.errors import MmfixError
 from mmfix.inputs import Inputs, rows_for
-from mmfix.steering import Blend, Steer, final_norm, mlp_of, tower_layers
+from mmfix.readouts import final_norm
+from mmfix.retracing import Retracing
+from mmfix.steering import Blend, Steer, mlp_of, tower_layers
 from mmfix_kernels import Rows
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class Steering:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.layers = [LayerSteering(state, self) for state in session.layers]
+        wanted = [(owner, m.retrace()) for owner, m in enumerate(session.methods)]
+        self.retracing = [Retracing(session, owner, one) for owner, one in wanted if one is not None]
         self.batch = 0
         self.any_image = False
         self.has_image: Tensor | None = None
@@ -79,13 +83,13 @@ class Steering:
     @staticmethod
     def of(session: Session) -> Steering | None:
         """None where no method steers."""
-        wanted = (m.steers or m.steers_tower or m.blend() is not None for m in session.methods)
+        wanted = (m.steers or m.steers_tower or m.blend() or m.retrace() for m in session.methods)
         return Steering(session) if any(wanted) else None
 
     @property
     def whole(self) -> bool:
         """Whether a method looks at the whole prompt."""
-        return any(m.compares_states for m in self.session.methods)
+        return any(m.compares_states or m.retrace() for m in self.session.methods)
 
     @property
     def acting(self) -> bool:
@@ -131,21 +135,23 @@ class Steering:
         self.batch = len(with_image)
         self.any_image = spans.any_image
         self.has_image = None if bool(with_image.all()) else with_image
-        if self.whole:
-            self._compare(spans, given, further, turn, kwargs)
+        if self.whole and further and not turn:
+            names = " and ".join(m.info.name for m in methods if m.compares_states or m.retrace())
+            raise MmfixError(
+                f"{names} goes by the last token of a prompt, and this one came in pieces, each of which has a last "
+                "token; give it at once (no prefill_chunk_size)"
+            )
+        if any(m.compares_states for m in methods):
+            self._compare(spans, given, further, kwargs)
         for n, layer in enumerate(self.layers):
             layer.edits = []
             if spans.any_image:
                 site = replace(layer.state.site(spans), states=None if self.states is None else self.states[n])
                 layer.edits = [(owner, e) for owner, m in enumerate(methods) for e in m.steering(site)]
 
-    def _compare(self, spans: TokenSpans, given: Inputs, further: bool, turn: bool, kwargs: dict[str, Any]) -> None:
+    def _compare(self, spans: TokenSpans, given: Inputs, further: bool, kwargs: dict[str, Any]) -> None:
         """States of a new prompt with and without its image; what was found stays for the turns after it."""
         names = " and ".join(m.info.name for m in self.session.methods if m.compares_states)
-        if further and not turn:
-            raise MmfixError(
-                f"{names} compares whole prompts, and this one came in pieces; give it at once (no prefill_chunk_size)"
-            )
         if further and (given.picture is not None or (self.states is None and spans.any_image)):
             raise MmfixError(
                 f"{names} compares a prompt with and without its image, and this image came in a later turn; give the "
@@ -165,6 +171,8 @@ class Steering:
         self.has_image = self.states = self.blended = None
         for layer in self.layers:
             layer.edits = []
+        for one in self.retracing:
+            one.close()
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
@@ -174,6 +182,8 @@ class Steering:
         if any(m.steers for m in methods):
             for own, layer in zip(self.layers, family.layers, strict=True):
                 yield from own.hooks(layer)
+        for one in self.retracing:
+            yield from one.hooks()
         for owner, method in enumerate(methods):
             blend = method.blend()
             if blend is not None:

@@ -88,15 +88,6 @@ def mlp_of(layer: nn.Module) -> nn.Module:
     )
 
 
-def final_norm(family: Family) -> nn.Module:
-    """The norm between the last layer and the language head."""
-    for name in ("norm", "final_layer_norm", "final_layernorm", "ln_f"):
-        found = getattr(family.decoder, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise UnsupportedModel(f"{family.name}: no final norm in {type(family.decoder).__name__}; use another method")
-
-
 def tower_layers(family: Family) -> tuple[nn.Module, ...]:
     """The layers of the vision tower, in the order in which they run: what its attention modules are part of."""
     attentions = {id(module) for module in family.tower_attentions}

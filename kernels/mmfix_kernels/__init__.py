@@ -15,7 +15,7 @@ from mmfix_kernels.edits import (
     Rows,
     ScoreEdit,
 )
-from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
+from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence, row_weights
 
 __all__ = [
     "Attended",
@@ -38,4 +38,5 @@ __all__ = [
     "forced_backend",
     "grouped_attention",
     "head_divergence",
+    "row_weights",
 ]

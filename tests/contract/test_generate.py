@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import vlm
-from support.cases import LAST_TOKEN, NAMES, NEWEST_ROW, active, case_of
+from support.cases import NAMES, NEWEST_ROW, active, case_of
 from transformers import TextIteratorStreamer
 
 import mmfix
@@ -149,7 +149,7 @@ def test_a_prompt_in_pieces(model: Any, method: Method, size: int) -> None:
     """Pieces give what the whole prompt gives, or are refused where a method compares or opens what lies in both."""
     inputs = vlm.one(after=9)
     refused = method.info.kind in ("head scale", "mask") and not (size == 14 and case_of(method).whole_pictures)
-    refused = refused or case_of(method).other_prompt or method.info.name in (*NEWEST_ROW, *LAST_TOKEN)
+    refused = refused or case_of(method).other_prompt or method.info.name in NEWEST_ROW
     with mmfix.mitigate(model, method) as fix:
         want = vlm.greedy(model, inputs, STEPS)
         fired = fix.report().fired[method.info.name].fired

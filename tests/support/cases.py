@@ -46,6 +46,13 @@ CASES: dict[str, Case] = {
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "avisc": Case(active={"deviations": 0.5, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "damro": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "deco": Case(
+        active={"top_p": 1.0, "top_k": 1000},
+        identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
+    ),
+    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (41,), "at": "question", "beta": 1e-9},
@@ -54,8 +61,10 @@ CASES: dict[str, Case] = {
     ),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
+    "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "memvr": Case(active={"ratio": 0.9, "threshold": 0.1, "layers": (0, 1, 2)}, identity={"ratio": 0.0}),
     "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}),
     "vti": Case(
         active={"directions": steered.FOLDER, "alpha_text": 3.0, "alpha_image": 3.0},
@@ -67,10 +76,10 @@ CASES: dict[str, Case] = {
 # logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
-# Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "spin")
-# Methods that steer by the prompt's last token, which they must see whole.
-LAST_TOKEN = ("vista",)
+# Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
+NEWEST_ROW = ("avisc", "hgai", "memvr", "pai", "sid", "spin", "vista")
+# Methods in which the last row of a prompt decides what becomes of all of its rows.
+LAST_DECIDES = ("avisc", "memvr", "sid", "vista")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind == "contrast")
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
