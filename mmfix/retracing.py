@@ -5,6 +5,7 @@ The picture is remembered as it enters the first layer, row by row; nothing is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,7 @@ class Retracing:
             states = self._deciders(output[0] if isinstance(output, tuple) else output)
             logits = scaled(self.session.family, self.head.forward(self.norm.forward(states))).float()
             likely = logits.topk(self.wanted.top, dim=-1).values.log_softmax(-1)
-            size = torch.tensor(float(self.wanted.top)).log()
-            uncertain = -(likely.exp() * likely).sum(-1) / size > self.wanted.threshold
+            uncertain = -(likely.exp() * likely).sum(-1) / math.log(self.wanted.top) > self.wanted.threshold
             assert self.session.spans is not None
             uncertain = uncertain & rows_for(self.session.spans.has_image, len(states)).to(uncertain.device)[:, None]
             self.now = uncertain if first or self.spent is None else uncertain & ~self.spent
@@ -128,9 +128,8 @@ class Retracing:
             return states
         assert self.session.spans is not None
         last = rows_for(self.session.spans.last, len(states)).to(states.device) - self.session.current.past
-        return torch.cat(
-            [states[torch.arange(len(states), device=states.device), last][:, None], states[:, prompt:]], 1
-        )
+        newest = states[torch.arange(len(states), device=states.device), last]
+        return torch.cat([newest[:, None], states[:, prompt:]], dim=1)
 
     def _looking(self, number: int) -> Callable[..., Any]:
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.method import Method, in_proportion, layer_numbers, param, register
 from mmfix.retracing import Retrace
@@ -56,11 +57,16 @@ class MemVR(Method):
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
 
     def prepare(self, family: Family) -> MemVR:
-        last = family.num_layers - 1  # which has no MLP after it
-        chosen = in_proportion(6, 16, family.num_layers) if self.layers is None else self.layers
-        return dataclasses.replace(self, layers=layer_numbers("memvr.layers", [n for n in chosen], last))
+        count = family.num_layers
+        if self.layers is None:
+            layers = tuple(n for n in in_proportion(6, 16, count) if n < count - 1)
+        else:
+            layers = layer_numbers("memvr.layers", self.layers, count)
+        if count - 1 in layers:
+            raise MethodError(f"memvr.layers={self.layers!r}: no layer follows the last; give layers up to {count - 2}")
+        return dataclasses.replace(self, layers=layers)
 
     def retrace(self) -> Retrace | None:
-        if self.ratio == 0 or not self.layers:
+        if self.ratio == 0:
             return None
-        return Retrace(layers=self.layers, threshold=self.threshold, ratio=self.ratio, activation=self.activation)
+        return Retrace(layers=self.layers or (), threshold=self.threshold, ratio=self.ratio, activation=self.activation)
