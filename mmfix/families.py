@@ -163,7 +163,7 @@ def why_not(family: Family, method: Method) -> str:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}
-    if "tower" in parts and not family.tower_attentions:
+    if ("tower" in parts or method.steers_tower) and not family.tower_attentions:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if "resampler" in parts and not family.resampler_attentions:
         return "there is no Q-Former or perceiver whose attention can be replaced"

@@ -146,6 +146,22 @@ def test_with_other_methods(llava: Any) -> None:
         pass
 
 
+def test_branches_of_a_contrast_remember_their_own_picture(llava: Any) -> None:
+    """VCD on the model that looks again: the noised row's memory is the noised picture."""
+    row, picture = plain.ROWS[0], vlm.picture(1)
+    noise = mmfix.method("vcd").branches(mmfix.describe(llava))[0].pixels
+    assert noise is not None
+    with torch.no_grad():
+        rows = []
+        for pixels in (picture, noise(picture)):
+            hand = ByHand(llava, row, pixels, 0.5, 0.0, False)
+            rows.append(plain.newest(hand.model, vlm.batch([row], pixels)))
+    again = MemVR(ratio=0.5, threshold=0.0, layers=WINDOW)
+    with mmfix.mitigate(llava, [again, mmfix.method("vcd", alpha=1.0, beta=1e-9)]):
+        got = vlm.greedy(llava, vlm.batch([row], picture), 1).logits[0]
+    torch.testing.assert_close(got, 2 * rows[0] - rows[1], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
