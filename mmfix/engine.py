@@ -210,6 +210,12 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
             raise MethodError(
                 f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches) + len(readouts)} branches"
             )
+        blending = [m.info.name for m in methods if m.blend() is not None]
+        if readouts and blending:
+            raise ConflictError(
+                f"{one.info.name!r} reads layers out beside the model's own logits, which {blending[0]!r} mixes with "
+                "layers too; use one of them"
+            )
         if readouts:
             session.readouts = Readouts(family, readouts, session)
         vision = Vision(family, branches, backend)

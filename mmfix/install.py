@@ -73,6 +73,9 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session.layers[n]), with_kwargs=True))
             hook(layer.register_forward_hook(_leaving(session.layers[n])))
+    if session.steering is not None:
+        for handle in session.steering.hooks():
+            hook(handle)
 
 
 def disturbed(family: Family, session: Session) -> list[str]:

@@ -199,6 +199,8 @@ class LayerState:
     def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, Tensor | None]:
         """One attention call of the language model."""
         session = self.session
+        if session.comparing:
+            return grouped_attention(AttentionCall(**inputs), session.backend).output.transpose(1, 2).contiguous(), None
         if session.measuring is not None:
             return session.measuring.attend(inputs)
         if session.aside:

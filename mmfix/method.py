@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
     from mmfix.readouts import Readout
+    from mmfix.retracing import Retrace
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
+    from mmfix.steering import Blend, Steer
 
 Kind = Literal[
     "score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "prompt", "contrast", "search"
@@ -81,6 +83,8 @@ class Site:
         num_layers, num_heads: of the language model.
         spans: token spans of the prompt at hand.
         segments: roles, images and turns of its tokens; for methods that answer :meth:`Method.mask`, else None.
+        states: outputs of this layer at the last token of the prompt with and without its image, [B, hidden] each, from
+            plain passes; for methods that set :attr:`Method.compares_states`, else None.
     """
 
     layer: int
@@ -88,6 +92,7 @@ class Site:
     num_heads: int
     spans: TokenSpans
     segments: Segments | None = None
+    states: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +182,37 @@ class Method:
     def hidden_scale(self, layer: int) -> HiddenScale | None:
         """Dimensions of this layer's input that are scaled for queries and keys alone; asked once, when it starts."""
         return None
+
+    def steering(self, site: Site) -> Sequence[Steer]:
+        """Changes of the hidden states of one layer, asked once per prompt with an image and layer."""
+        return ()
+
+    @property
+    def steers(self) -> bool:
+        """Whether the method answers :meth:`steering`."""
+        return type(self).steering is not Method.steering
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether :meth:`steering` reads the states of the prompt with and without its image; two more prefills."""
+        return False
+
+    def blend(self) -> Blend | None:
+        """What the language head reads besides the last layer's states; None for nothing."""
+        return None
+
+    def retrace(self) -> Retrace | None:
+        """Where uncertain tokens look at the image again, asked once; None for nowhere."""
+        return None
+
+    def tower_steering(self, layer: int, num_layers: int) -> Sequence[Steer]:
+        """Changes of the states of one layer of the vision tower, asked once."""
+        return ()
+
+    @property
+    def steers_tower(self) -> bool:
+        """Whether the method answers :meth:`tower_steering`."""
+        return type(self).tower_steering is not Method.tower_steering
 
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""

@@ -85,16 +85,7 @@ class Readouts:
         chosen = slice(-self.keep, None) if isinstance(self.keep, int) else self.keep
         state = state[:, chosen]
         logits: Tensor = self.head(self.norm(state) if norm else state)
-        return self._scaled(logits)
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """What some models do to logits at the end."""
-        config = self.family.decoder.config
-        logits = (
-            logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        )
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return scaled(self.family, logits)
 
     def _check(self, own: Tensor) -> None:
         """Once: the way to logits is the model's, since it leads from the last state to the model's own."""
@@ -110,6 +101,14 @@ class Readouts:
                 "model's logits, so earlier states cannot be read out; use a method without readouts"
             )
         self._checked = True
+
+
+def scaled(family: Family, logits: Tensor) -> Tensor:
+    """What some models do to logits at the end."""
+    config = family.decoder.config
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def final_norm(family: Family) -> nn.Module:

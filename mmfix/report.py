@@ -109,6 +109,10 @@ def build(session: Session) -> Report:
             table[n][0] += fired
             table[n][1] += considered
             by_layer[n].append(Fired(fired, considered))
+    if session.steering is not None and session.steering.tower_fired is not None:
+        for n, (fired, considered) in enumerate(session.steering.tower_fired.tolist()):
+            table[n][0] += fired
+            table[n][1] += considered
     if session.mixed is not None:
         changed, seen = session.mixed.tolist()
         table[session.mix_owner][0] += changed

@@ -31,6 +31,7 @@ from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.readouts import Readouts
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
+from mmfix.steerer import Steering
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
@@ -103,6 +104,8 @@ class Session:
         self._step_first: dict[Rows, int] = {}
         self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
+        self.steering = Steering.of(self)
+        self.comparing = False  # whether a plain pass of the prompt runs, for methods that compare its states
 
     @property
     def spans(self) -> TokenSpans | None:
@@ -117,7 +120,8 @@ class Session:
     def whole(self) -> bool:
         """Whether some method looks at whole prompts, so that no part of one may run ahead of the rest."""
         asked = (self.sink_layers, self.head_layers, self.received_layers, self.watch, self.positions)
-        return any(asked) or self.scales_hidden or any(m.masks for m in self.methods)
+        steers = self.steering is not None and self.steering.whole
+        return any(asked) or self.scales_hidden or steers or any(m.masks for m in self.methods)
 
     @property
     def rows_per_prompt(self) -> int:
@@ -256,6 +260,8 @@ class Session:
         if self.overlooking is not None:
             self.overlooking.close()
         self.talk = self._cache = self._prompt_ids = None
+        if self.steering is not None:
+            self.steering.close()
         for state in self.layers:
             state.close()
 
@@ -291,6 +297,7 @@ class Session:
     def read_prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
+        answered = self.talk is not None and bool(self.talk.steps)
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
         shape = given.like.shape[:2]
         if self.branching is not None:
@@ -321,6 +328,8 @@ class Session:
             self._check_late_image()
         if self.watch is not None:
             self.watch.due = "piece" if further else "prompt"
+        if self.steering is not None:
+            self.steering.prompt(self.talk.spans, given, further, answered, kwargs)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -388,6 +397,8 @@ class Session:
             self._ready_steps()
         if given.past:
             self.talk.stepped(given.ids, given.past)
+        if self.steering is not None:
+            self.steering.step(batch)
         for state in self.layers:
             state.step(batch, self.current.total, again=not given.past)
 
@@ -427,8 +438,9 @@ class Session:
 
     @property
     def aside(self) -> bool:
-        """Whether a pass beside the prompt's own is running: the text-only branch, or one that measures."""
-        return self.measuring is not None or (self.text_only is not None and bool(self.text_only.running))
+        """Whether a pass beside the prompt's own is running: the text-only branch, or one that compares or measures."""
+        beside = self.comparing or self.measuring is not None
+        return beside or (self.text_only is not None and bool(self.text_only.running))
 
     def finish(self, output: Any) -> Any:
         """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.

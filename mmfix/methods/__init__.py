@@ -14,6 +14,7 @@ from mmfix.methods.jrt import JRT
 from mmfix.methods.lqcd import LQCD
 from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
+from mmfix.methods.memvr import MemVR
 from mmfix.methods.mma import MMA
 from mmfix.methods.mmca import MMCA
 from mmfix.methods.pai import PAI
@@ -28,7 +29,9 @@ from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
 from mmfix.methods.vhr import VHR
+from mmfix.methods.vista import VISTA
 from mmfix.methods.vseam import VSEAM
+from mmfix.methods.vti import VTI
 
 __all__ = [
     "ACT",
@@ -50,7 +53,9 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VISTA",
     "VSEAM",
+    "VTI",
     "AvisC",
     "CausalMM",
     "CausalMMLanguage",
@@ -58,6 +63,7 @@ __all__ = [
     "DeCo",
     "DoLa",
     "FrameBlock",
+    "MemVR",
     "Plausibility",
     "PositionalHidden",
     "RetrievalHeads",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import steered
 from support.cases import CASES, NAMES, Case
 from support.families import FAMILIES, Row, Tiny
 
@@ -32,7 +33,7 @@ MORE: dict[str, dict[str, Any]] = {"var": {"sink_dims": (3, 7, 12, 20), "tau": 1
 def _built(name: str) -> Any:
     model = FAMILIES[name].build()
     greedy(model, FAMILIES[name].inputs())  # transformers leaves marks of its own at the first call
-    return model
+    return steered.calibrated(model)
 
 
 @pytest.fixture(params=CHOSEN)

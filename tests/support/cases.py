@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from support import steered
+
 from mmfix.method import Method, method, methods
 
 
@@ -86,6 +88,12 @@ CASES: dict[str, Case] = {
     "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "memvr": Case(active={"ratio": 0.9, "threshold": 0.1, "layers": (0, 1, 2)}, identity={"ratio": 0.0}, ahead=True),
+    "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}, ahead=True),
+    "vti": Case(
+        active={"directions": steered.FOLDER, "alpha_text": 3.0, "alpha_image": 3.0},
+        identity={"alpha_text": 0.0, "alpha_image": 0.0},
+    ),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
@@ -93,7 +101,7 @@ CASES: dict[str, Case] = {
 # (tests/methods/test_sofa.py).
 NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
 # Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("avisc", "hgai", "pai", "paint", "positional-hidden", "sid", "spin")
+NEWEST_ROW = ("avisc", "hgai", "memvr", "pai", "paint", "positional-hidden", "sid", "spin", "vista")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])
