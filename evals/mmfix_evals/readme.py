@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import tables
+from mmfix_evals import length_table, tables
 from mmfix_evals.bench.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +116,11 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def _tables(results: dict[str, Any]) -> str:
+    """Every metric; then, where the record holds captions of two methods, CHAIR at equal length."""
+    return "\n".join(filter(None, (tables.markdown(results, True), length_table.markdown(results))))
+
+
 def generated() -> dict[Path, str]:
     """Every generated text file and its content."""
     results = json.loads((ROOT / RECORD / "results.json").read_text())
@@ -130,11 +135,11 @@ def generated() -> dict[Path, str]:
     readme = fill(
         readme, "speed", f"{speed.splitlines()[-1]} On a CPU, beside their peers: [docs/speed.md](docs/speed.md)."
     )
-    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"
+    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{_tables(results)}\n"
     every = ROOT / METHODS_RECORD / "results.json"
     if every.is_file():
         full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
-        full += f"{tables.markdown(json.loads(every.read_text()), True)}\n"
+        full += f"{_tables(json.loads(every.read_text()))}\n"
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
     return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced}
 

@@ -22,8 +22,8 @@ from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.metrics import chair_text, chair_truth, chair_wordnet
 from mmfix_evals.metrics.chair_metrics import COUNT_KEYS, METRICS, UNDEFINED
-from mmfix_evals.metrics.chair_text import Token
-from mmfix_evals.metrics.coco_words import DOUBLE_WORDS, coco_nodes, read_synonyms
+from mmfix_evals.metrics.chair_text import Token, merge_double_words
+from mmfix_evals.metrics.coco_words import coco_nodes, read_synonyms
 
 __all__ = [
     "COUNT_KEYS",
@@ -44,7 +44,6 @@ __all__ = [
 FLAVOUR = "pattern"
 FLAVOURS = {FLAVOUR: chair_text.tokens, "wordnet": chair_wordnet.tokens}
 """Flavour → from a caption to its tokens. The first is the default."""
-FIRST_WORDS = frozenset(pair.split(" ")[0] for pair in DOUBLE_WORDS)
 UNKNOWN_IMAGE = ("error", "empty")
 TRUNCATE = (None, "last-period")
 
@@ -114,9 +113,14 @@ class Chair:
         else:
             self.nodes = synonyms if isinstance(synonyms, Mapping) else read_synonyms(synonyms)
 
-    def analyse(self, caption: str) -> Analysis:
-        """Tokens and mentions of a caption. `seat` does not count beside `toilet`, as in every version of CHAIR."""
-        merged = merge_double_words(FLAVOURS[self.flavour](caption))
+    def analyse(self, caption: str, limit: int | None = None) -> Analysis:
+        """Tokens and mentions of a caption. `seat` does not count beside `toilet`, as in every version of CHAIR.
+
+        Args:
+            caption: the text as generated.
+            limit: look at the first so many tokens only. A double word is one token and thus never cut in two.
+        """
+        merged = merge_double_words(FLAVOURS[self.flavour](caption))[:limit]
         words = {token.word for token in merged}
         dropped = "seat" if {"toilet", "seat"} <= words else None
         found = [
@@ -130,14 +134,15 @@ class Chair:
         """Every mention, in order of appearance; `start` and `end` index the caption as given."""
         return self.analyse(caption).mentions
 
-    def counts(self, caption: str, gt_nodes: AbstractSet[str]) -> dict[str, int]:
+    def counts(self, caption: str, gt_nodes: AbstractSet[str], limit: int | None = None) -> dict[str, int]:
         """Counts of one caption, keys as in `COUNT_KEYS`; sums of them give every metric.
 
         Args:
             caption: the text as generated.
             gt_nodes: nodes that are in the picture.
+            limit: count in the first so many tokens only.
         """
-        merged, found = self.analyse(caption)
+        merged, found = self.analyse(caption, limit)
         named = {mention.node for mention in found}
         hallucinated = sum(mention.node not in gt_nodes for mention in found)
         return {
@@ -232,21 +237,6 @@ def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repe
         flavour=flavour,
         counts=dict(summed),
     )
-
-
-def merge_double_words(single: Sequence[Token]) -> list[Token]:
-    """Join consecutive tokens that form one word, from left to right, each token used once."""
-    merged, i = [], 0
-    while i < len(single):
-        token = single[i]
-        i += 1
-        if token.word in FIRST_WORDS and i < len(single):
-            word = DOUBLE_WORDS.get(f"{token.word} {single[i].word}")
-            if word is not None:
-                token = Token(word, token.start, single[i].end)
-                i += 1
-        merged.append(token)
-    return merged
 
 
 def cut_after_last_period(caption: str) -> str:
