@@ -30,6 +30,7 @@ PLAIN_SENTENCE = re.compile(
 )
 PLAIN_TOKEN = re.compile(r"[a-z-]+|[,.]")
 
+FLAVOUR = "pattern"
 UNCHANGED_ENDINGS = ("collies", "doggies", "cookies", "veggies")  # Pattern's "-ie" words + s
 BUS_ENDINGS = ("minibuses", "airbuses")
 FIRST_WORDS = frozenset(pair.split(" ")[0] for pair in DOUBLE_WORDS)
