@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import method_pages, tables
+from mmfix_evals import length_table, method_pages, tables
 from mmfix_evals.bench.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,11 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def _tables(results: dict[str, Any]) -> str:
+    """Every metric; then, where the record holds captions of two methods, CHAIR at equal length."""
+    return "\n".join(filter(None, (tables.markdown(results, True), length_table.markdown(results))))
+
+
 def generated() -> dict[Path, str]:
     """Every generated text file and its content."""
     results = json.loads((ROOT / RECORD / "results.json").read_text())
@@ -117,12 +122,12 @@ def generated() -> dict[Path, str]:
     readme = fill(
         readme, "speed", f"{speed.splitlines()[-1]} On a CPU, beside their peers: [docs/speed.md](docs/speed.md)."
     )
-    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"
+    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{_tables(results)}\n"
     every = ROOT / METHODS_RECORD / "results.json"
     record = json.loads(every.read_text()) if every.is_file() else None
     if record is not None:
         full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
-        full += f"{tables.markdown(record, True)}\n"
+        full += f"{_tables(record)}\n"
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
     pages = method_pages.pages(record, f"{METHODS_RECORD}/results.json", method_pages.families())
     return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages}
