@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import steered
 from support.cases import active
 from support.families import FAMILIES
 from support.refused_models import REFUSED
@@ -94,7 +95,7 @@ def counts(build: Any) -> dict[str, Any]:
     """Method → families it runs on, and those that refuse it with the reason. `build` gives a family's model."""
     found: dict[str, Any] = {name: {"runs": 0, "of": len(FAMILIES), "refused": {}} for name in mmfix.methods()}
     for family, tiny in FAMILIES.items():
-        model = build(family)
+        model = steered.calibrated(build(family))
         described = mmfix.describe(model)
         for name, entry in found.items():
             if name in METHODS:
