@@ -17,6 +17,7 @@ from quick import quicken
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support.vlm import MODELS, build, greedy, one
+from transformers.generation import CompileConfig
 
 import mmfix
 import mmfix.prefix
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
     "reversed map": CausalMMLanguage(language="reversed", language_rows="after_image", epsilon=1e-9),
 }
 SHARED = ("random map", "reversed map")
+TOLD = ("mass move", "random map")  # group masses are compared too
 
 
 @lru_cache(maxsize=len(MODELS))
@@ -73,7 +75,7 @@ def test_every_backend_gives_the_same_answer(name: str, kind: str, monkeypatch: 
     for backend in BACKENDS:
         monkeypatch.setenv("MMFIX_BACKEND", backend)
         calls: list[AttentionCall] = []
-        with mmfix.mitigate(model, method, telemetry=True) as fix, observed(calls.append):
+        with mmfix.mitigate(model, method, telemetry=kind in TOLD) as fix, observed(calls.append):
             answers[backend] = greedy(model, inputs, steps=2)
             reports[backend] = fix.report()
         assert {layer.backend for layer in reports[backend].layers} == {backend}
@@ -99,3 +101,24 @@ def test_a_method_that_compares_heads_is_refused_by_name(method: Method, monkeyp
     with mmfix.mitigate(model, method) as fix:
         greedy(model, inputs, steps=1)
         assert {layer.backend for layer in fix.report().layers} == {"sdpa"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("kind", ["mass move", "head scale", "random map"])
+def test_a_fixed_cache_and_cuda_graphs_give_the_same_answer(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding compiled whole, its graph captured on the third step and replayed from then on."""
+    model, inputs, method = model_of("llava-gqa"), prompt(), METHODS[kind]
+    config = CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
+    monkeypatch.setenv("MMFIX_BACKEND", backend)
+    torch._dynamo.reset()
+    with mmfix.mitigate(model, method) as fix:
+        want = greedy(model, inputs, steps=8)
+        before = fix.report().fired[method.info.name]
+        got = greedy(model, inputs, steps=8, cache_implementation="static", compile_config=config)
+        after = fix.report().fired[method.info.name]
+        assert {layer.backend for layer in fix.report().layers} == {backend}
+    close(got, want)
+    assert after.fired == 2 * before.fired, "what the captured steps did is counted too"
