@@ -115,9 +115,9 @@ def windowed() -> AttentionCall:
     return make(150, 150, 16, mask=near[None, None], is_causal=False)
 
 
-def uneven() -> AttentionCall:
-    """A head width that is no power of two."""
-    return make(5, 5, 20)
+def apart() -> AttentionCall:
+    """Enough rows before the first edited one for a launch of their own."""
+    return make(40, 40, 32, "all", first=20)
 
 
 def one_group(label: int) -> AttentionCall:
@@ -236,9 +236,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     "batch rows of an edit": ("rows", "p_heads + b_item * heads_b", "p_heads", some_items),
     "rescaling in the merge": ("state", "b_acc * b_old[:, None]", "b_acc", split),
     "scale of the scores": ("kernels", "b_s = b_s * factor", "b_s = b_s * 1.0", causal),
-    "rows that are there": ("rows", "b_valid = b_row < stop", "b_valid = b_row >= 0", causal),
-    "width of the queries": ("kernels", "b_valid[:, None] & (b_d < D)[None, :]", "b_valid[:, None]", uneven),
-    "width of the output": ("epilogue", "b_valid[:, None] & (b_dim < D_V)[None, :]", "b_valid[:, None]", uneven),
+    "rows of this launch": ("rows", "b_valid = b_row < stop", "b_valid = b_row < L", apart),
     "keys before the edge": ("kernels", "start + tile * BLOCK_M + 1)", "start + (tile + 1) * BLOCK_M)", long),
     "gain of a score edit": ("blocks", "gain * b_s + abs_gain", "b_s + abs_gain", lambda: causal("all")),
     "bias of a score edit": ("blocks", "bias * LOG2E", "bias", lambda: causal("all")),
@@ -256,7 +254,7 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     "target of a move": ("epilogue", "1.0 + b_gain[:, None]", "1.0 + 0.0 * b_gain[:, None]", lambda: causal("var")),
     "common scale of the classes": ("epilogue", "b_c1 = tl.math.exp2(b_m1 - b_safe)", "b_c1 = tl.math.exp2(b_m1 * 0.0)",
                                     lambda: causal("var")),
-    "rows whose masses are wanted": ("epilogue", "b_valid & (b_row >= mass_start)", "b_valid & (b_row < mass_start)",
+    "rows whose masses are wanted": ("epilogue", "b_valid & (b_row >= mass_start)", "b_valid & (b_row > mass_start)",
                                      last_masses),
     "changed rows": ("epilogue", "tl.sum(b_active.to(tl.int64), axis=0))", "tl.sum(b_looked.to(tl.int64), axis=0))",
                      lambda: causal("var")),
