@@ -36,6 +36,18 @@ def test_column_masses(shape: str, edits: str, rows: Rows) -> None:
     torch.testing.assert_close(column_reference(call, rows).double(), want, atol=2e-5, rtol=2e-5)
 
 
+def test_column_masses_of_rows_that_differ_between_prompts() -> None:
+    """The chosen rows start later in the second prompt than in the first."""
+    call = make(20, 20, 16, batch=2)
+    assert call.groups is not None
+    chosen = torch.arange(20) >= torch.tensor([[7], [12]])
+    rows, first = call.groups.rows | {Rows.AFTER_IMAGE: chosen}, call.groups.first | {Rows.AFTER_IMAGE: 7}
+    call = replace(call, groups=replace(call.groups, rows=rows, first=first))
+    want = (exact(call).weights * chosen[:, None, :, None]).sum(2)
+    got = column_mass(moved(call), Rows.AFTER_IMAGE, "triton")
+    torch.testing.assert_close(got.mass.cpu().double(), want, atol=2e-5, rtol=2e-5)
+
+
 def test_column_masses_say_what_they_cannot_do() -> None:
     call = replace(make(5, 5, 32), edits=[VAR])
     with pytest.raises(ValueError, match="softmax only"):
