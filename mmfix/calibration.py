@@ -166,7 +166,7 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
     sinks, others, phi_all, image_all = [], [], [], []
     prompts = 0
     for batch in batches:
-        hidden, received, valid, image = _observe(family, batch)
+        hidden, received, valid, image = attention_received(family, batch)
         prompts += valid.shape[0]
         for layer in range(first_layer, family.num_layers - 1):
             x = hidden[layer].float()
@@ -212,7 +212,7 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
     )
 
 
-def _observe(family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+def attention_received(family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Layer inputs [B, T, hidden] and attention received per key [B, T], for every layer of one prefill."""
     decoder, model = family.decoder, family.whole
     before = decoder.config._attn_implementation_internal

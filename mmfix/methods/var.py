@@ -13,6 +13,7 @@ from mmfix.calibration import sink_dimensions
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.method import Method, Site, param, register
+from mmfix.sinks import phi
 from mmfix_kernels import Edit, Group, MassGate, MassMove, Rows
 
 
@@ -83,13 +84,9 @@ class VAR(Method):
         return self._edits_layer(layer, num_layers)
 
     def sinks(self, site: Site, hidden: Tensor) -> Tensor:
-        x = hidden.float()
-        square = x.square().mean(-1)
-        if self.variant == "release":
-            square = square + 1e-6
-        largest = x[..., list(self.sink_dims or ())].abs().amax(-1)
-        phi = largest / square.sqrt()
-        return phi > self.tau if self.variant == "release" else phi >= self.tau
+        release = self.variant == "release"
+        size = phi(hidden, self.sink_dims or (), slack=1e-6 if release else 0.0)
+        return size > self.tau if release else size >= self.tau
 
     def edits(self, site: Site) -> Sequence[Edit]:
         if not self._edits_layer(site.layer, site.num_layers):

@@ -22,6 +22,7 @@ from mmfix_evals.cli import (
     run,
     score,
     serve,
+    sinks,
     tune,
 )
 from mmfix_evals.cli import calibrate_more as _calibrate_more  # noqa: F401 - enters its commands
@@ -55,6 +56,7 @@ evaluate.command("list", epilog=compare.LIST_EXAMPLE)(compare.list_command)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)
 app.command("heads", epilog=heads.EXAMPLE)(heads.heads_command)
+app.command("sinks", epilog=sinks.EXAMPLE)(sinks.sinks_command)
 app.command("doctor", epilog=info.DOCTOR_EXAMPLE)(info.doctor_command)
 app.add_typer(calibrate.app, name="calibrate")
 bench.app.command("scoring", epilog=bench_scoring.EXAMPLE)(bench_scoring.scoring_command)
