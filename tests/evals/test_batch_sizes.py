@@ -20,20 +20,15 @@ from mmfix_evals.errors import UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.run import TooManyErrors, run
-from mmfix_evals.tasks import base
 from mmfix_evals.worker import Worker
+
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 CPU_MESSAGE = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "4000000000000 bytes. Error code 12 (Cannot allocate memory)"
 )
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(CPU_MESSAGE)]
-
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
 
 
 @pytest.fixture

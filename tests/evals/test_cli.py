@@ -13,7 +13,6 @@ import pytest
 
 from mmfix_evals import run as run_module
 from mmfix_evals.cli import main
-from mmfix_evals.tasks import base
 
 RUN = ["eval", "run", "--model", "fake", "--tasks", "fake-pope,fake-chair", "--limit", "3", "--resamples", "20"]
 Call = Callable[..., tuple[int, str, str]]
@@ -21,8 +20,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+    fake_eval.register(monkeypatch, fake_eval.FakePope(), fake_eval.FakeChair())
     monkeypatch.setattr(run_module, "load_decoder", lambda config: fake_eval.FakeDecoder())
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 from mmfix_evals.cli import main
 from mmfix_evals.cli.quiet import hush
 from mmfix_evals.rescore import rescore
-from mmfix_evals.tasks import base
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -189,8 +188,7 @@ def test_invented_captions_differ_in_one_object(model: Path) -> None:
 
 
 def test_run_and_resume_with_a_model(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+    fake_eval.register(monkeypatch, fake_eval.FakePope(), fake_eval.FakeChair())
     out = tmp_path / "run"
     methods = "greedy,var:sink_dims=[3,5],tau=1.5,var:sink_dims=[3,5],tau=1.5+vhr"
     words = ["eval", "run", "--model", model, "--tasks", "fake-pope,fake-chair", "--methods", methods]
@@ -220,7 +218,7 @@ def test_run_and_resume_with_a_model(call: Call, model: Path, tmp_path: Path, mo
 def test_sampling_gives_the_same_answers_in_any_batch(
     call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, "fake-chair": fake_eval.FakeChair()})
+    fake_eval.register(monkeypatch, fake_eval.FakeChair())
     words = ["eval", "run", "--model", model, "--tasks", "fake-chair", "--methods", "greedy,vhr", "--limit", "3"]
     words += ["--resamples", "20", "--max-new-tokens", "4", "--quiet", "--gen-kwargs", "do_sample=true,temperature=1.5"]
     answers = []

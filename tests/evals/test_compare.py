@@ -17,13 +17,9 @@ from mmfix_evals.errors import UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.run import run
-from mmfix_evals.tasks import Document, base
+from mmfix_evals.tasks import Document
 
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 
 def make(out: Path, **options: Any) -> Path:
@@ -150,7 +146,7 @@ def test_other_prompts_are_refused_unless_they_are_what_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = make(tmp_path / "a", tasks=("fake-chair",))
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, "fake-chair": Reworded()})
+    fake_eval.register(monkeypatch, Reworded())
     b = make(tmp_path / "b", tasks=("fake-chair",))
     words = r"differ in field 'fake-chair.prompt' of document test_0_0.png: 'Describe .*' and 'What .*--other-prompts"
     with pytest.raises(ComparisonError, match=words):

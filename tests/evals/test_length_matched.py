@@ -24,8 +24,10 @@ from mmfix_evals.progress import Reporter
 from mmfix_evals.rescore import rescore
 from mmfix_evals.run import run
 from mmfix_evals.scoring import Answers, Settings
-from mmfix_evals.tasks import base, get
+from mmfix_evals.tasks import get
 from mmfix_evals.tasks.chair import LIMIT
+
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 WORDS = [
     "a",
@@ -46,12 +48,6 @@ WORDS = [
 ]
 LONG = ("There is a car. There is a hot dog and a bed.", "Two cats sit on a seat near the toilet.", "A dog.", "A cat")
 SHORT = ("A cat and a book on it.", "A dog on a seat.", "A dog is here, and a bed.", "")
-
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
 
 
 def answers(**captions: tuple[str, ...]) -> Answers:
@@ -105,7 +101,7 @@ def test_the_bootstrap_is_that_of_the_cut_captions() -> None:
 @given(st.lists(st.sampled_from(WORDS), max_size=14), st.lists(st.sampled_from(WORDS), max_size=14))
 def test_lengths_are_equal_and_no_object_is_cut(one: list[str], other: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "_TASKS", {**base._TASKS, "fake-chair": fake_eval.FakeChair()})
+        fake_eval.register(patch, fake_eval.FakeChair())
         both = answers(greedy=(" ".join(one),), var=(" ".join(other),))
     left, right = (side.by_method[name]["test"]["0"] for side, name in zip(cut(both, both, "greedy", "var"), ("greedy", "var"), strict=True))  # fmt: skip # noqa: E501
     whole = [Chair().analyse(sample["response"]) for sample in (left, right)]

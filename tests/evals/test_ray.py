@@ -25,13 +25,8 @@ from mmfix_evals.progress import Reporter
 from mmfix_evals.ray_pool import WorkersLost
 from mmfix_evals.results import without_times
 from mmfix_evals.run import run
-from mmfix_evals.tasks import base
 
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from mmfix_evals.report import measures
 from mmfix_evals.report.browser import groups, marked
 from mmfix_evals.report.latex import escape
 from mmfix_evals.run import run
-from mmfix_evals.tasks import base
+
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -46,12 +47,6 @@ class Hostile(fake_eval.FakeDecoder):
         return answer
 
 
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
-
-
 def make(folder: Path, methods: tuple[str, ...] = ("greedy", "var", "vhr:alpha=3")) -> Path:
     config = RunConfig("<b>model</b>", ("fake-pope", "fake-chair"), methods, folder, limit=8, resamples=30)
     run(config, ["mmfix", "eval", "run", "--model", "<b>"], Reporter(quiet=True), lambda _: Hostile())
@@ -66,8 +61,7 @@ def make(folder: Path, methods: tuple[str, ...] = ("greedy", "var", "vhr:alpha=3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-        patch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+        fake_eval.register(patch, fake_eval.FakePope(), fake_eval.FakeChair())
         yield make(tmp_path_factory.mktemp("report") / "run")
 
 

@@ -19,16 +19,11 @@ from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.results import clean_argv, clean_values
 from mmfix_evals.run import Interrupted, TooManyErrors, run
-from mmfix_evals.tasks import base
+
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 METHODS = ("greedy", "var", "vhr:alpha=3")
 Start = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
 
 
 @pytest.fixture

@@ -28,8 +28,7 @@ from mmfix_evals.tasks.chair import repeated_fourgrams
 @pytest.fixture(scope="module", autouse=True)
 def _tasks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-        patch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+        fake_eval.register(patch, fake_eval.FakePope(), fake_eval.FakeChair())
         yield
 
 

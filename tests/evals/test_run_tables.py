@@ -15,11 +15,7 @@ from mmfix_evals.progress import Reporter
 from mmfix_evals.run import run
 from mmfix_evals.tasks import base
 
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
+pytestmark = pytest.mark.usefixtures("fake_tasks")
 
 
 def make(tmp_path: Path, fires: bool = True, methods: tuple[str, ...] = ("greedy", "var+vhr", "vhr")) -> dict[str, Any]:

@@ -24,14 +24,10 @@ from mmfix_evals.samples import Sample
 from mmfix_evals.shards import Shard, cut
 from mmfix_evals.tasks import base
 
+pytestmark = pytest.mark.usefixtures("fake_tasks")
+
 METHODS = ("greedy", "var", "vhr:alpha=3")
 Change = Callable[[Path], None]
-
-
-@pytest.fixture(autouse=True)
-def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
-    monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})
 
 
 @pytest.fixture

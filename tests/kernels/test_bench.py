@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
@@ -117,6 +118,32 @@ def test_a_backend_with_another_answer_is_not_timed(tmp_path: Path, monkeypatch:
         measure.measure_kernels(tmp_path, "cpu", budget=0.0, tests_passed=True)
     with pytest.raises(record.RedTests, match="'sdpa' differs"):
         record.self_check(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "measure_name"),
+    [("mmfix_kernels.bench.__main__", "measure_kernels"), ("mmfix_evals.bench.decode", "measure_decode")],
+)
+def test_as_a_module_red_tests_are_an_exit_code(
+    name: str,
+    measure_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = importlib.import_module(name)
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, measure_name, lambda *given, **named: calls.append((*given, *named.values())))
+    words = ["--out", str(tmp_path), "--device", "cpu"]
+    assert module.main([*words, "--tests-passed"]) == module.main(words) == 0
+    assert [(call[:2], call[-1]) for call in calls] == [((tmp_path, "cpu"), True), ((tmp_path, "cpu"), False)]
+
+    def red(*given: Any, **named: Any) -> None:
+        raise record.RedTests("1 failed: nothing is reported")
+
+    monkeypatch.setattr(module, measure_name, red)
+    assert module.main(words) == 1
+    assert capsys.readouterr().err == "1 failed: nothing is reported\n"
 
 
 def test_an_installed_copy_checks_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

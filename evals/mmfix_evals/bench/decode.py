@@ -10,8 +10,6 @@ in it. The weights are random: this says nothing about quality.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,7 +21,7 @@ import torch
 from mmfix_evals.arms import split_methods
 from mmfix_evals.bench import model as models
 from mmfix_kernels.bench.measure import default_device
-from mmfix_kernels.bench.record import RedTests, append, provenance, require_green
+from mmfix_kernels.bench.record import append, command_line, exit_code, provenance, require_green
 from mmfix_kernels.bench.timing import percentiles
 
 DEFAULT_ARMS = ",".join(
@@ -165,9 +163,7 @@ def seconds(arm: models.Arm, inputs: dict[str, Any], tokens: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for decode.jsonl")
-    parser.add_argument("--device", default=default_device())
+    parser = command_line(__doc__, "decode.jsonl", default_device())
     parser.add_argument(
         "--methods", default=DEFAULT_ARMS, help="vanilla, empty, eager-maps, sequential, or methods; static/ARM"
     )
@@ -176,18 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="of the language model; default 32 on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--tests-passed", action="store_true", help="the caller has just run tests/kernels, all green")
     args = parser.parse_args(argv)
     shape = models.shape_for(torch.device(args.device), args.layers)
-    try:
-        measure_decode(
-            args.out, args.device, args.methods, args.lengths, args.batches, args.tokens, args.runs, shape,
-            tests_passed=args.tests_passed,
-        )  # fmt: skip
-    except RedTests as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    return 0
+    sizes = (args.lengths, args.batches, args.tokens, args.runs, shape)
+    return exit_code(
+        lambda: measure_decode(args.out, args.device, args.methods, *sizes, tests_passed=args.tests_passed)
+    )
 
 
 if __name__ == "__main__":

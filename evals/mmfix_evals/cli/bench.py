@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mmfix_evals.cli.options import Device
 
 KERNELS_EXAMPLE = "Example: mmfix bench kernels --quick --out runs/speed"
 DECODE_EXAMPLE = "Example: mmfix bench decode --methods vanilla,empty,vhr --runs 3 --out runs/speed"
@@ -16,7 +19,6 @@ app = typer.Typer(
     help="Measure speed beside peers; on a CPU only ratios mean something.", epilog=DECODE_EXAMPLE, no_args_is_help=True
 )
 Out = Annotated[Path, typer.Option("--out", help="Folder; records are appended to a file in it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 Seed = Annotated[int, typer.Option(help="Seed of the random tensors or prompts.")]
 Passed = Annotated[bool, typer.Option("--tests-passed", help="The kernel tests have just been run, all green.")]
 
@@ -34,15 +36,9 @@ def kernels_command(
 
     Nothing is reported while the kernel tests are red.
     """
-    from mmfix_evals.errors import EvalError
     from mmfix_kernels.bench.measure import measure_kernels
-    from mmfix_kernels.bench.record import RedTests
 
-    try:
-        path = measure_kernels(out, _device(device), quick, budget, seed, tests_passed)
-    except RedTests as problem:
-        raise EvalError(str(problem)) from None
-    typer.echo(f"records: {path}")
+    _measure(measure_kernels, out, _device(device), quick, budget, seed, tests_passed)
 
 
 @app.command("decode", epilog=DECODE_EXAMPLE)
@@ -75,21 +71,14 @@ def decode_command(
 
     from mmfix_evals.bench import decode, model
     from mmfix_evals.cli.quiet import hush
-    from mmfix_evals.errors import EvalError
-    from mmfix_kernels.bench.record import RedTests
 
     hush()
     on = _device(device)
     shape = model.shape_for(torch.device(on), layers)
     shape = replace(shape, width=width or shape.width)
     arms = decode.DEFAULT_ARMS if methods is None else methods
-    try:
-        path = decode.measure_decode(
-            out, on, arms, length or [640], batch or [1], tokens, runs, shape, seed, tests_passed
-        )
-    except RedTests as problem:
-        raise EvalError(str(problem)) from None
-    typer.echo(f"records: {path}")
+    sizes = (length or [640], batch or [1], tokens, runs)
+    _measure(decode.measure_decode, out, on, arms, *sizes, shape, seed, tests_passed)
 
 
 @app.command("table", epilog=TABLE_EXAMPLE)
@@ -112,6 +101,17 @@ def plot_command(
 
     for path in write_plots(records, out):
         typer.echo(f"picture: {path}")
+
+
+def _measure(measure: Callable[..., Path], *arguments: object) -> None:
+    """Measure and say where the records are; red kernel tests are an error of the command."""
+    from mmfix_evals.errors import EvalError
+    from mmfix_kernels.bench.record import RedTests
+
+    try:
+        typer.echo(f"records: {measure(*arguments)}")
+    except RedTests as problem:
+        raise EvalError(str(problem)) from None
 
 
 def _device(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mmfix_evals.cli.options import Device, Dtype, Model
+
 EXAMPLE = "Example: mmfix describe picture.png --model tiny --method vhr"
 PROMPT = "Please describe this image in detail."
 PLAIN = "plain"
@@ -15,7 +17,7 @@ PLAIN = "plain"
 
 def describe_command(
     image: Annotated[str, typer.Argument(help="A picture: PNG, JPEG, WebP, BMP, GIF or TIFF.")],
-    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
+    model: Model = "tiny",
     method: Annotated[
         str, typer.Option(help="A method, name:field=value,field=value, or several joined by +; see `mmfix methods`.")
     ] = "var",
@@ -23,8 +25,8 @@ def describe_command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed, for sampling.")] = 0,
     gen_kwargs: Annotated[str | None, typer.Option("--gen-kwargs", help="More arguments of generate().")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the plain answer and the one with a method side by side. Neither is checked against the picture."""

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mmfix_evals.cli.options import Device, Dtype, Model, Revision
 from mmfix_evals.errors import UsageError
 from mmfix_evals.stats import RESAMPLES
 
@@ -20,7 +21,7 @@ EXAMPLE = (
 
 
 def run_command(
-    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
+    model: Model = "tiny",
     tasks: Annotated[
         str, typer.Option(help="Tasks, separated by commas; see `mmfix eval list`.")
     ] = "tinyworld-pope,tinyworld-chair",
@@ -57,13 +58,13 @@ def run_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")] = 0,
     world_seed: Annotated[int, typer.Option(help="Another value draws other TinyWorld pictures.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Device = "auto",
     device_map: Annotated[
         str | None,
         typer.Option("--device-map", help="auto, balanced, …: spread a model over several devices (needs accelerate)."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens per answer; default: the task's (POPE 10, CHAIR 128).")
     ] = None,

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from mmfix_evals.cli.options import Device, Dtype, Model, Revision
+
 EXAMPLE = "Example: mmfix serve --model tiny --method vhr --allow greedy,var"
 
 
 def serve_command(
-    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
+    model: Model = "tiny",
     method: Annotated[
         str, typer.Option(help="The server's method: greedy, a name, name:field=value,…, several joined by +.")
     ] = "greedy",
@@ -36,9 +38,9 @@ def serve_command(
     ] = None,
     allow_anyone: Annotated[bool, typer.Option("--allow-anyone", help="Listen on a network without a token.")] = False,
     grace: Annotated[float, typer.Option(help="Seconds for requests under way when the server is stopped.")] = 30.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Log errors only.")] = False,
 ) -> None:
     """Serve a model with a method to any OpenAI client: chat completions with images, streamed or not.

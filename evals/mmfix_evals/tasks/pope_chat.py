@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from mmfix_evals import files
 from mmfix_evals.errors import DataError
 from mmfix_evals.metrics import pope
 from mmfix_evals.metrics.pope_match import label_of
-from mmfix_evals.tasks import data
 from mmfix_evals.tasks.base import Document, Metric, register
 from mmfix_evals.tasks.data import Source
 from mmfix_evals.tasks.dialogue import converse, replies
 from mmfix_evals.tasks.pope import PopeTask
-from mmfix_evals.tasks.pope_files import COCO_PICTURES, SUFFIXES, PopeFiles
+from mmfix_evals.tasks.pope_files import COCO_PICTURES, PopeFiles
 
 _PAI = "https://raw.githubusercontent.com/LALBJ/PAI/9bbd8bd57a0b0923f996197e4bd3e02cc10b8d58/pope_coco/chat"
 
@@ -35,27 +33,21 @@ class PopeCocoChat(PopeFiles):
     metrics: ClassVar[tuple[Metric, ...]] = tuple(replace(metric, outcome=None) for metric in PopeTask.metrics)
     unit = "conversations"
 
-    def documents(self, data_split: str, limit: int, world_seed: int) -> list[Document]:
-        asked = {split: files.read_rows(path) for split, path in self._paths().items()}
-        for rows in asked.values():
-            for index, row in enumerate(rows):
-                _check(row, rows.place(index))
-        order = dict.fromkeys(row["image"] for rows in asked.values() for row in rows)
-        chosen = set(list(order)[:limit])
-        data.need_pictures(self.name, self.pictures[0], sorted(chosen), self.pictures[1])
-        suffix = SUFFIXES[self.option("prompt")]
-        return [
-            Document(
-                f"{split}/{row.get('chat_id', n)}",
-                split,
-                row["image"],
-                "\n\n".join(text + suffix for text in row["text"]),
-                {"questions": [text + suffix for text in row["text"]], "labels": [label_of(x) for x in row["label"]]},
-            )
-            for split, rows in asked.items()
-            for n, row in enumerate(rows, 1)
-            if row["image"] in chosen
-        ]
+    def check(self, row: Mapping[str, Any], place: str) -> None:
+        texts, labels = row.get("text"), row.get("label")
+        if not isinstance(row.get("image"), str) or not isinstance(texts, list) or not isinstance(labels, list):
+            raise DataError(f'{place}: expected {{"image": name, "text": [questions], "label": [yes or no]}}')
+        if len(texts) != len(labels) or not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place}: {len(texts)} questions and {len(labels)} labels; every question needs one label")
+        wrong = [label for label in labels if label_of(label) is None]
+        if wrong:
+            raise DataError(f"{place}: label {wrong[0]!r} must be 'yes' or 'no'")
+
+    def document(self, split: str, number: int, row: Mapping[str, Any], suffix: str) -> Document:
+        questions = [text + suffix for text in row["text"]]
+        target = {"questions": questions, "labels": [label_of(label) for label in row["label"]]}
+        name = f"{split}/{row.get('chat_id', number)}"
+        return Document(name, split, row["image"], "\n\n".join(questions), target)
 
     def generate(
         self, decoder: Any, documents: Sequence[Document], shown: Sequence[Any], **arguments: Any
@@ -72,14 +64,3 @@ class PopeCocoChat(PopeFiles):
             for text, label in zip(replies(sample["response"]), sample["labels"], strict=True)
         ]
         return {name: sum(row[name] for row in rows) for name in self.columns}
-
-
-def _check(row: Mapping[str, Any], place: str) -> None:
-    texts, labels = row.get("text"), row.get("label")
-    if not isinstance(row.get("image"), str) or not isinstance(texts, list) or not isinstance(labels, list):
-        raise DataError(f'{place}: expected {{"image": name, "text": [questions], "label": [yes or no]}}')
-    if len(texts) != len(labels) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{place}: {len(texts)} questions and {len(labels)} labels; every question needs one label")
-    wrong = [label for label in labels if label_of(label) is None]
-    if wrong:
-        raise DataError(f"{place}: label {wrong[0]!r} must be 'yes' or 'no'")

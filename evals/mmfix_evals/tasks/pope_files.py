@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmfix_evals import files
 from mmfix_evals.errors import DataError
@@ -45,23 +47,30 @@ class PopeFiles(PopeTask):
         asked = {split: files.read_rows(path) for split, path in self._paths().items()}
         for rows in asked.values():
             for index, row in enumerate(rows):
-                if not isinstance(row.get("image"), str) or not isinstance(row.get("text"), str):
-                    raise DataError(f"{rows.place(index)}: no image or text; this is not a POPE question file")
-                if label_of(row.get("label")) is None:
-                    raise DataError(f"{rows.place(index)}: label {row.get('label')!r} must be 'yes' or 'no'")
+                self.check(row, rows.place(index))
         order = dict.fromkeys(row["image"] for rows in asked.values() for row in rows)
         chosen = set(list(order)[:limit])
         data.need_pictures(self.name, self.pictures[0], sorted(chosen), self.pictures[1])
-        suffix = SUFFIXES[self.option("prompt")]
         return [
-            Document(f"{split}/{row.get('question_id', n)}", split, row["image"], row["text"] + suffix,
-                     {"label": label_of(row["label"])})
+            self.document(split, number, row, SUFFIXES[self.option("prompt")])
             for split, rows in asked.items()
-            for n, row in enumerate(rows, 1)
+            for number, row in enumerate(rows, 1)
             if row["image"] in chosen
-        ]  # fmt: skip
+        ]
 
-    def _paths(self) -> dict:
+    def check(self, row: Mapping[str, Any], place: str) -> None:
+        """Raise DataError naming ``place`` unless a row is a question."""
+        if not isinstance(row.get("image"), str) or not isinstance(row.get("text"), str):
+            raise DataError(f"{place}: no image or text; this is not a POPE question file")
+        if label_of(row.get("label")) is None:
+            raise DataError(f"{place}: label {row.get('label')!r} must be 'yes' or 'no'")
+
+    def document(self, split: str, number: int, row: Mapping[str, Any], suffix: str) -> Document:
+        """The document of a checked row, the ``number``-th of its file."""
+        name = f"{split}/{row.get('question_id', number)}"
+        return Document(name, split, row["image"], row["text"] + suffix, {"label": label_of(row["label"])})
+
+    def _paths(self) -> dict[str, Path]:
         return dict(zip(self.questions, data.locate(self.name, list(self.questions.values())), strict=True))
 
     def sources(self, data_split: str) -> dict[str, str]:
@@ -78,6 +87,10 @@ def _files(folder: str, base: str, stem: str, hashes: dict[str, str] | None = No
         split: Source(f"pope/{folder}/{plain}_{split}.json", f"{base}/{stem}_{split}.json", (hashes or {}).get(split))
         for split in PopeTask.splits
     }
+
+
+def _vcd_files(name: str) -> dict[str, Source]:
+    return _files(name, f"{_VCD}/{name}", f"{name}_pope_seem")
 
 
 @register
@@ -106,7 +119,7 @@ class PopeAokvqa(PopeFiles):
     name = "pope-aokvqa"
     title = "POPE on A-OKVQA (VCD's questions)"
     pictures = COCO_PICTURES
-    questions = _files("aokvqa", f"{_VCD}/aokvqa", "aokvqa_pope_seem")
+    questions = _vcd_files("aokvqa")
 
 
 @register
@@ -116,4 +129,4 @@ class PopeGqa(PopeFiles):
     name = "pope-gqa"
     title = "POPE on GQA (VCD's questions)"
     pictures = GQA_PICTURES
-    questions = _files("gqa", f"{_VCD}/gqa", "gqa_pope_seem")
+    questions = _vcd_files("gqa")

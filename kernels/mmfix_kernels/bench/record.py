@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,31 @@ DEVICE_CASES = "tests/kernels/triton"
 
 class RedTests(RuntimeError):  # noqa: N818 - what it is, not that it is an error
     """The kernels do not pass their tests, so nothing may be reported about their speed."""
+
+
+def command_line(description: str | None, file: str, device: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes when it is run as a module: `--out`, `--device`, `--tests-passed`.
+
+    Args:
+        description: what the benchmark measures.
+        file: that it writes its records to.
+        device: default of `--device`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {file}")
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--tests-passed", action="store_true", help="the caller has just run tests/kernels, all green")
+    return parser
+
+
+def exit_code(measure: Callable[[], object]) -> int:
+    """Measure; 1 with the reason on standard error while the kernel tests are red, else 0."""
+    try:
+        measure()
+    except RedTests as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
 
 
 def require_green(device: torch.device, tests_passed: bool = False) -> str:
