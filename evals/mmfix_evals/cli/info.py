@@ -19,6 +19,7 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OPTIONAL = {
     "pycocotools": ("COCO annotation folders as CHAIR ground truth", "pip install 'mmfix[eval]'"),
     "gradio": ("the demo application", "pip install 'mmfix[app]'"),
+    "optuna": ("mmfix tune", "pip install 'mmfix[tune]'"),
     "ray": ("evaluation on several GPUs through Ray", "pip install 'mmfix[ray]'"),
     "triton": ("the GPU kernels", "pip install 'mmfix[triton]'"),
 }
