@@ -60,7 +60,7 @@ class Enhancing:
         if layer != self.wanted.layer:
             return
         batch, heads, length, _ = call.query.shape
-        count = keep if isinstance(keep, int) and keep else length
+        count = min(keep, length) if isinstance(keep, int) and keep else length
         rows = torch.arange(length - count, length, device=call.query.device).expand(batch, -1)
         labelled = groups(call.keys)
         image, text = labelled.member(Group.IMAGE)[:, None, None], _text(labelled.labels)[:, None, None]
