@@ -203,6 +203,9 @@ class LayerState:
             return grouped_attention(AttentionCall(**inputs), session.backend).output.transpose(1, 2).contiguous(), None
         if session.measuring is not None:
             return session.measuring.attend(inputs)
+        if session.readouts is not None and session.readouts.alone:
+            batch, heads, length, _ = inputs["query"].shape
+            return inputs["value"].new_zeros(batch, length, heads, inputs["value"].shape[-1]), None
         if session.aside:
             assert session.text_only is not None
             return session.text_only.attend(inputs, session.backend)
@@ -217,6 +220,8 @@ class LayerState:
         asked = session.current.prefill and not session.current.past and self.layer in session.received_layers
         if session.watch is not None and session.current.prefill:
             session.watch.ask(self)
+        if session.readouts is not None:
+            session.readouts.read(self.layer, bare, self._groups)
         groups = self._groups(bare.keys) if self.edits or session.telemetry or asked else None
         if asked:
             received.ask(self, dataclasses.replace(bare, groups=groups))

@@ -17,6 +17,7 @@ from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, RepeatQuestion
+    from mmfix.enhanced import Enhanced
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
     from mmfix.readouts import Readout
@@ -230,7 +231,7 @@ class Method:
         """Whether the method answers :meth:`rewrite`."""
         return type(self).rewrite is not Method.rewrite
 
-    def readouts(self, family: Family) -> Sequence[Readout]:
+    def readouts(self, family: Family) -> Sequence[Readout | Enhanced]:
         """Hidden states that are read out as logits beside the model's own; not together with branches."""
         return ()
 

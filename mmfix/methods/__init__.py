@@ -17,6 +17,7 @@ from mmfix.methods.mas import MAS
 from mmfix.methods.memvr import MemVR
 from mmfix.methods.mma import MMA
 from mmfix.methods.mmca import MMCA
+from mmfix.methods.only import ONLY
 from mmfix.methods.pai import PAI
 from mmfix.methods.paint import PAINT
 from mmfix.methods.plausibility import Plausibility
@@ -45,6 +46,7 @@ __all__ = [
     "MAS",
     "MMA",
     "MMCA",
+    "ONLY",
     "PAI",
     "PAINT",
     "SID",

@@ -72,7 +72,7 @@ CASES: dict[str, Case] = {
         active={"top_p": 1.0, "top_k": 1000},
         identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
     ),
-    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "dola": Case(active={"layers": (1, 3), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (12,), "at": "question", "beta": 1e-9},
@@ -81,6 +81,7 @@ CASES: dict[str, Case] = {
     ),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
     "mmca": Case(active={"mass": "mean", "layers": (0, 1, 2)}, identity={"layers": ()}),
+    "only": Case(active={"beta": 1e-9}, identity={"plus": 0.0, "minus": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "positional-hidden": Case(
         active={"dims": (3, 7, 12), "factor": -4.0, "layers": (1, 2, 3)}, identity={"dims": (3,), "factor": 1.0}
