@@ -118,6 +118,8 @@ class Retracing:
     def _prompt(self) -> int:
         """Tokens of this pass that are the prompt's."""
         session, current = self.session, self.session.current
+        if current.single:  # read nothing that changes from step to step: it would be compiled anew
+            return 0
         assert session.spans is not None
         return current.length if current.prefill else session.spans.length if not current.past else 0
 

@@ -152,7 +152,7 @@ class Steering:
     def _compare(self, spans: TokenSpans, given: Inputs, further: bool, kwargs: dict[str, Any]) -> None:
         """States of a new prompt with and without its image; what was found stays for the turns after it."""
         names = " and ".join(m.info.name for m in self.session.methods if m.compares_states)
-        if further and (given.picture is not None or (self.states is None and spans.any_image)):
+        if further and bool(spans.image[:, given.past :].any()):
             raise MmfixError(
                 f"{names} compares a prompt with and without its image, and this image came in a later turn; give the "
                 "whole conversation with a fresh cache"
