@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from mmfix import watch
 from mmfix.errors import UnsupportedModel
 from mmfix.method import Method
 from mmfix.segments import Markers
@@ -166,6 +167,8 @@ def why_not(family: Family, method: Method) -> str:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if "resampler" in parts and not family.resampler_attentions:
         return "there is no Q-Former or perceiver whose attention can be replaced"
+    if method.tower_layers(len(family.tower_attentions)) and (reason := watch.why_not(family)):
+        return reason
     if not family.cross_layers:
         return ""
     touches_keys = method.masks or type(method).edits is not Method.edits
