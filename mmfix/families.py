@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mmfix import selection
+from mmfix import selection, watch
 from mmfix.enhanced import Enhanced
 from mmfix.errors import UnsupportedModel
 from mmfix.method import Method
@@ -168,7 +168,9 @@ def why_not(family: Family, method: Method) -> str:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if "resampler" in parts and not family.resampler_attentions:
         return "there is no Q-Former or perceiver whose attention can be replaced"
-    reasons = (selection.why_not(family, branch.select) for branch in branches if branch.select is not None)
+    reasons = [selection.why_not(family, branch.select) for branch in branches if branch.select is not None]
+    if method.tower_layers(len(family.tower_attentions)):
+        reasons.append(watch.why_not(family))
     reason = next((reason for reason in reasons if reason), "")
     if reason or not family.cross_layers:
         return reason

@@ -81,26 +81,36 @@ def look(model: Any, inputs: dict[str, Tensor]) -> Looks:
 
 
 Progress = Callable[[int], None]
+T_VHD_HEADS = 4
 
 
-def mean_looks(model: Any, batches: Iterable[dict[str, Tensor]], progress: Progress | None = None) -> dict[str, Any]:
-    """Means over prompts: ``"vhd"`` and ``"image-mass"`` Float32[layers, heads], ``"prompts"``.
+def mean_looks(
+    model: Any, batches: Iterable[dict[str, Tensor]], progress: Progress | None = None, k: int = T_VHD_HEADS
+) -> dict[str, Any]:
+    """Means over prompts, ``"vhd"`` and ``"image-mass"`` Float32[layers, heads]; ``"t-vhd"`` per prompt; ``"prompts"``.
+
+    Args:
+        model: a vision-language model in evaluation mode.
+        batches: processor outputs, with pictures.
+        progress: told the number of prompts done.
+        k: heads per layer that T-VHD counts (the paper does not say how many).
 
     Raises:
         MmfixError: no prompts.
     """
     vhd = mass = None
-    count = 0
+    count, totals = 0, []
     for inputs in batches:
         found = look(model, inputs)
         vhd = found.divergence.sum(1) if vhd is None else vhd + found.divergence.sum(1)
         mass = found.mass.sum(1) if mass is None else mass + found.mass.sum(1)
         count += found.image.shape[0]
+        totals += found.t_vhd(k).tolist()
         if progress is not None:
             progress(found.image.shape[0])
     if vhd is None or mass is None:
         raise MmfixError("no prompts to measure heads on; give at least one picture")
-    return {"vhd": vhd.cpu() / count, "image-mass": mass.cpu() / count, "prompts": count}
+    return {"vhd": vhd.cpu() / count, "image-mass": mass.cpu() / count, "t-vhd": totals, "prompts": count}
 
 
 @dataclass(kw_only=True, eq=False, frozen=True)

@@ -12,23 +12,27 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MmfixError, UnsupportedModel
-from mmfix.families import Family
-from mmfix.method import Method
 from mmfix.spans import TokenSpans
 
 if TYPE_CHECKING:
+    from mmfix.families import Family
     from mmfix.layers import LayerState
+    from mmfix.method import Method
     from mmfix.session import Session
 
 Maps = dict[int, Tensor]  # tower layer → Float32[P, H, N], attention of the class token of P pictures to N patches
 
 
-def class_token(family: Family) -> bool:
-    """Whether the tower has a class token in front of its patches, and its attention can be read."""
-    if not family.tower_attentions:
-        return False
-    names = [name.rpartition(".")[2] for name, _ in family.tower.named_parameters()]
-    return any(name in ("class_embedding", "cls_token") for name in names)
+def why_not(family: Family) -> str:
+    """Why what a class token looks at says nothing of the prompt's image tokens; "" when it does."""
+    names = [name.rpartition(".")[2] for name, _ in family.tower.named_parameters()] if family.tower_attentions else []
+    if not any(name in ("class_embedding", "cls_token") for name in names):
+        return f"the vision tower ({type(family.tower).__name__}) has no class token whose attention can be read"
+    if family.outer is not None or family.resampler is not None:
+        return "image tokens are queries of a resampler, not patches of the tower"
+    if getattr(family.whole.config, "image_grid_pinpoints", None):
+        return "pictures are cut into tiles whose patches are joined and cropped before they become image tokens"
+    return ""
 
 
 class TowerWatch:

@@ -113,7 +113,9 @@ def _shown(value: Any, kind: Kind) -> Any:
     if kind == "choice":
         return NONE if value is None else str(value)
     if kind in ("list", "words"):
-        return "" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        nested = isinstance(value, tuple) and any(isinstance(one, tuple) for one in value)
+        shown = str(list(value)) if nested else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "" if value is None else shown
     return value
 
 
@@ -152,9 +154,16 @@ def _read_list(control: Control, text: str) -> Any:
         value = ast.literal_eval(text if text[0] in "([" else f"({text},)")
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise MethodError(f"{control.label}: write whole numbers with commas, such as 1, 5, 6") from error
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if not isinstance(value, (tuple, list)) or not all(_numbers(one) for one in value):
         raise MethodError(f"{control.label}: write whole numbers with commas, such as 1, 5, 6")
     return tuple(value)
+
+
+def _numbers(one: Any) -> bool:
+    """A whole number, or a tuple of numbers such as (layer, head)."""
+    if isinstance(one, tuple):
+        return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in one)
+    return isinstance(one, int) and not isinstance(one, bool)
 
 
 def build(model: Any, name: str, given: dict[str, Any]) -> tuple[Method, dict[str, Any]]:

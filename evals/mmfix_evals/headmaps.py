@@ -100,7 +100,9 @@ def _looks(decoder: Any, wanted: Wanted, progress: Progress) -> Made:
     asked = headdata.described(wanted.images, wanted.limit, wanted.prompt)
     inputs = (one for one, _ in headdata.batches(decoder, asked, wanted.batch_size))
     found = headscores.mean_looks(decoder.model, inputs, progress)
-    return found[wanted.score], asked, {"prompt": wanted.prompt}, {}
+    totals = found["t-vhd"]
+    also = {"t_vhd": {"k": headscores.T_VHD_HEADS, "mean": round(sum(totals) / len(totals), 6)}}
+    return found[wanted.score], asked, {"prompt": wanted.prompt}, also if wanted.score == "vhd" else {}
 
 
 def _vseam(decoder: Any, wanted: Wanted, progress: Progress) -> Made:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from mmfix.branches import Branch, Mix, guidance
-from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
 from mmfix.method import Method, Site, chosen_layers, param, register
-from mmfix.watch import class_token
 from mmfix_kernels import Edit, KeyGain, Rows
 
 
@@ -69,16 +67,11 @@ class PAINT(Method):
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
 
     def prepare(self, family: Family) -> PAINT:
-        if not class_token(family) or len(family.tower_attentions) < 2:
-            raise UnsupportedModel(
-                f"{family.name}: paint chooses image tokens by the attention of the vision tower's class token, and "
-                f"{type(family.tower).__name__} has none that can be read; use a model with a CLIP tower, or pai"
-            )
         count = family.num_layers
         return dataclasses.replace(self, layers=chosen_layers(self, range(min(2, count - 1), count), count))
 
     def tower_layers(self, count: int) -> tuple[int, ...]:
-        return (0, count - 2) if self.alpha or self.beta else ()
+        return (0, max(0, count - 2)) if self.alpha or self.beta else ()
 
     def patches(self, maps: Mapping[int, Tensor]) -> Tensor:
         late = max(maps)  # a tower of two layers has one map for both

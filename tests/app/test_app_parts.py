@@ -63,6 +63,16 @@ def test_an_unknown_picture_is_never_judged(finished: Run) -> None:
     assert "nothing is marked right or wrong" in page
 
 
+def test_heads_are_shown_as_they_are_read() -> None:
+    for name, pairs in (("retrieval-heads", ((3, 2),)), ("act", ((2, 1), (3, 4))), ("vseam", ((1, 2, -0.25),))):
+        chosen = mmfix.method(name, heads=pairs)
+        (control,) = (one for one in controls.of(chosen) if one.name == "heads")
+        assert controls.read(control, control.value) == pairs
+        for wrong in ("heads.json", "/etc/passwd", "[(1, True)]", "[[1, 2]]"):  # no file of the server is ever read
+            with pytest.raises(MethodError, match="whole numbers"):
+                controls.read(control, wrong)
+
+
 def test_the_stage_says_what_changed(finished: Run) -> None:
     page = stage.render(finished)
     wrong = objects.by_verdict(finished.text("plain"), SCENE.contents)["contradicted"]

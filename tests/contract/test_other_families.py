@@ -20,13 +20,17 @@ from support.families import FAMILIES, Row, Tiny
 
 import mmfix
 from mmfix.errors import ConflictError, MmfixWarning
+from mmfix.families import why_not
 from mmfix.method import Method, method
 
 CHOSEN = ("llava-next", "qwen2.5-vl", "gemma3", "idefics2")
 STEPS = 3
 REFUSED = json.loads((files("mmfix_evals") / "families.json").read_text())
 # Four layers instead of five: edits begin a layer earlier.
-MORE: dict[str, dict[str, Any]] = {"var": {"sink_dims": (3, 7, 12, 20), "tau": 1.5, "first_layer": 1}}
+MORE: dict[str, dict[str, Any]] = {
+    "act": {"heads": tuple((layer, head) for layer in range(1, 4) for head in range(4))},
+    "var": {"sink_dims": (3, 7, 12, 20), "tau": 1.5, "first_layer": 1},
+}
 
 
 @functools.cache
@@ -48,9 +52,13 @@ def model(tiny: Tiny) -> Any:
 
 
 @pytest.fixture(params=NAMES)
-def acting(request: pytest.FixtureRequest) -> Method:
-    """Each registered method, with parameters that make it act."""
-    return method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
+def acting(request: pytest.FixtureRequest, model: Any) -> Method:
+    """Each registered method that applies to the family, with parameters that make it act."""
+    found = method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
+    reason = why_not(mmfix.describe(model), found)
+    if reason:
+        pytest.skip(f"does not apply: {reason}")
+    return found
 
 
 @pytest.fixture(autouse=True)

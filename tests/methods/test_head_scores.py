@@ -31,6 +31,7 @@ def test_looks_are_those_of_single_prompts_and_of_eager_maps(model: Any) -> None
     means = mean_looks(model, [inputs, inputs])
     torch.testing.assert_close(means["vhd"], found.divergence.mean(1), atol=1e-5, rtol=0)
     assert means["prompts"] == 4
+    assert means["t-vhd"] == pytest.approx(found.t_vhd(4).tolist() * 2)
     assert found.t_vhd(2)[0] == pytest.approx(float(found.divergence[:, 0].sort(-1).values[:, -2:].sum()), rel=1e-5)
     with pytest.raises(MmfixError, match="no prompts"):
         mean_looks(model, [])

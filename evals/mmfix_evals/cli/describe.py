@@ -51,6 +51,9 @@ def describe_command(
         typer.echo(json.dumps(_content(image, model, prompt, arm.spec, answers), indent=1, ensure_ascii=False))
         return
     _print(answers)
+    for name, found in ((treated.report or {}).get("calibrated") or {}).items():
+        source = f" on {found['data']}" if "data" in found else ""
+        typer.echo(f"{name}: {', '.join(found['values'])} as calibrated for this model{source}.")
     typer.echo(fired_line(arm.name, treated.report, plain.text == treated.text))
 
 
