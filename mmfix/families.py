@@ -158,7 +158,7 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.masks and family.bidirectional:
+    if (method.masks or method.reorders) and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}
@@ -168,7 +168,7 @@ def why_not(family: Family, method: Method) -> str:
         return "there is no Q-Former or perceiver whose attention can be replaced"
     if not family.cross_layers:
         return ""
-    touches_keys = method.masks or type(method).edits is not Method.edits
+    touches_keys = method.masks or method.reorders or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
     if touches_keys or drops_image or reads_heads or method.rewrites:

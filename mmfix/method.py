@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
+    from mmfix.reorder import Reorder
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
@@ -114,6 +115,15 @@ class Method:
     def rewrites_positions(self) -> bool:
         """Whether the method answers :meth:`positions`."""
         return type(self).positions is not Method.positions
+
+    def reorder(self, site: Site) -> Reorder | None:
+        """Segments of the prompt whose order is chosen per head and query, asked once per prompt and layer."""
+        return None
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the method answers :meth:`reorder`."""
+        return type(self).reorder is not Method.reorder
 
     @property
     def answer_marker(self) -> tuple[int, ...] | None:

@@ -344,8 +344,11 @@ class Session:
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
             )
+        every = " and ".join(m.info.name for m in self.methods)
+        if any(m.reorders for m in self.methods):
+            hidden.refuse_piece(every, "segments see each other whole")
         if not self.talk.steps and self.scales_hidden:
-            hidden.check_piece(" and ".join(m.info.name for m in self.methods))
+            hidden.refuse_piece(every, "only the last rows of a prompt are changed")
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))

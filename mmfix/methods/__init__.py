@@ -12,6 +12,7 @@ from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.mmca import MMCA
 from mmfix.methods.pai import PAI
+from mmfix.methods.pine import PINE
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.positional_hidden import PositionalHidden
 from mmfix.methods.sofa import SoFA
@@ -32,6 +33,7 @@ __all__ = [
     "MMA",
     "MMCA",
     "PAI",
+    "PINE",
     "SPIN",
     "VAF",
     "VAR",

@@ -65,9 +65,9 @@ CASES: dict[str, Case] = {
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
-# logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
-# (tests/methods/test_sofa.py).
-NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
+# logits as they are (tests/contract/test_branches.py), and SoFA and PINE change nothing in a prompt with a single
+# image (tests/methods/test_sofa.py, test_pine.py).
+NAMES = tuple(name for name in methods() if name not in ("pine", "plausibility", "sofa"))
 # Methods that edit the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("hgai", "pai", "positional-hidden", "spin")
 # Methods that combine logits: at most one of them at a time.
