@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
+from mmfix.pictures import Blank as Blank
+from mmfix.pictures import DiffusionNoise as DiffusionNoise
+from mmfix.pictures import PixelEdit
+from mmfix.selection import Blind, Outliers, Selection
 from mmfix_kernels import Edit, MapReplacement
 
 VisionVariant = Literal["paper", "release"]
@@ -37,51 +42,6 @@ class VisionEdit:
     variant: VisionVariant = "paper"
     layers: tuple[int, ...] = (-2,)
     part: Literal["tower", "resampler"] = "tower"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionNoise:
-    """The picture after t steps of a diffusion process: ``sqrt(abar_t) x + sqrt(1 - abar_t) e``, e standard normal.
-
-    ``beta_i = sigmoid(linspace(-6, 6, 1000)_i) * (5e-3 - 1e-5) + 1e-5`` and ``abar = cumprod(1 - beta)``, applied to
-    the normalised pixels (VCD, arXiv:2311.16922). The noise of an image depends on `seed` and its shape alone.
-
-    Args:
-        step: t, 0 to 999.
-        seed: of the noise.
-    """
-
-    step: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.step <= 999:
-            raise MethodError(f"noise step {self.step}: give a step from 0 to 999")
-
-    @property
-    def signal(self) -> float:
-        """``abar_t``, the share of the signal's power that is left."""
-        beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
-        return float((1 - beta).cumprod(0)[self.step])
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, …] (one image per row) or packed patches, in the same shape and dtype."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = pixels.shape[1:] if pixels.ndim > 2 else pixels.shape
-        noise = torch.randn(shape, generator=generator).to(pixels.device).expand_as(pixels)
-        signal = self.signal
-        noised: Tensor = signal**0.5 * pixels.float() + (1 - signal) ** 0.5 * noise
-        return noised.to(pixels.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blank:
-    """A picture without content: every pixel is `value` after normalisation (0 is the mean colour)."""
-
-    value: float = 0.0
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        return torch.full_like(pixels, self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +96,6 @@ class RepeatQuestion:
         return torch.cat([ids[:first], question, ids[first:]]), torch.cat([image[:first], none, image[first:]])
 
 
-PixelEdit = DiffusionNoise | Blank
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """One counterfactual row per prompt.
@@ -150,6 +107,7 @@ class Branch:
         prompt: a changed prompt, or None.
         edits: attention edits of this branch alone.
         layers: language layers in which they act; None means all.
+        select: which image tokens this branch keeps; None means all.
     """
 
     image: bool = True
@@ -158,11 +116,22 @@ class Branch:
     prompt: PromptEdit | None = None
     edits: tuple[Edit, ...] = ()
     layers: tuple[int, ...] | None = None
+    select: Selection | None = None
 
     @property
     def looks(self) -> bool:
         """Whether the picture is encoded anew for this branch."""
-        return self.vision is not None or self.pixels is not None
+        return self.vision is not None or self.pixels is not None or isinstance(self.select, Outliers)
+
+    @property
+    def sees_otherwise(self) -> bool:
+        """Whether the features of this branch's image tokens are not the factual ones."""
+        return self.looks or isinstance(self.select, Blind)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the tokens of this branch's prompt are not the factual ones."""
+        return not self.image or self.prompt is not None or isinstance(self.select, Outliers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +164,8 @@ class Mix:
     is multiplied by f(t), t counting generated tokens: ``z = l + f(t) (sum_r weights[r] * l_r - l)``.
 
     Args:
-        weights: one per branch, the factual one first; they sum to 1, so that equal branches change nothing.
+        weights: one per branch (or readout), the factual one first; they sum to 1, so that equal branches change
+            nothing.
         beta: of the plausibility cut, in (0, 1]; None for no cut.
         log_probs: combine log-probabilities instead of logits.
         growth: how strong the contrast is at each generated token; None means 1 at all of them.
@@ -221,9 +191,14 @@ class Mix:
                 prompt; needed where the contrast grows.
         """
         mixed = self.combined(logits, steps)
-        if self.beta is not None:
+        if self.cuts:
             mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
         return mixed.to(logits.dtype)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are removed."""
+        return self.beta is not None
 
     def implausible(self, logits: Tensor) -> Tensor:
         """Bool[B, k, V]: tokens that the cut removes."""
@@ -252,7 +227,7 @@ class Mix:
     def acts(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """Bool[B, k]: positions that the branches change by more than rounding; without branches, that the cut does."""
         if len(self.weights) == 1:
-            return (self.implausible(logits) if self.beta is not None else logits[:, 0].isnan()).any(-1)
+            return (self.implausible(logits) if self.cuts else logits[:, 0].isnan()).any(-1)
         factual = logits[:, 0].float()
         if self.log_probs:
             factual = factual.log_softmax(-1)
@@ -291,17 +266,28 @@ class Rows:
     def expand(self, tensor: Tensor, dim: int = 0) -> Tensor:
         return tensor.repeat_interleave(self.count, dim=dim)
 
-    def fold(self, output: Any, mix: Mix, has_image: Tensor, length: int, beyond: int = 0) -> tuple[Any, Tensor]:
+    def fold(
+        self,
+        output: Any,
+        mix: Mix,
+        has_image: Tensor,
+        length: int,
+        beyond: int = 0,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Any, Tensor]:
         """A model output whose logits are mixed, and counts of positions changed and seen.
 
         Args:
             has_image: Bool[B]; a prompt without an image keeps its factual logits.
             length: positions that were asked for; rows with a longer prompt have more.
             beyond: generated tokens up to the output's last position; negative inside the prompt.
+            beside: gives further logits [B, n, k, V] from the output's [B, k, V].
         """
         logits = output.logits if hasattr(output, "logits") else output[0]
+        further = None if beside is None else beside(logits)[:, :, -length:]
         logits = logits[:, -length:]
         branches = logits.reshape(-1, self.count, *logits.shape[1:])
+        branches = branches if further is None else torch.cat([branches, further], dim=1)
         factual = branches[:, 0]
         steps = None
         if mix.growth is not None:
@@ -326,7 +312,7 @@ def trimmed(output: Any, length: int) -> Any:
 
 
 def drop_image(ids: Tensor, valid: Tensor, image: Tensor, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of `rows` without their image tokens, the others as they are.
+    """Prompts of `rows` without the tokens of `image`, the others as they are.
 
     What is left is pushed to the right, up to where the prompt ended, so that the text after the image stays in place.
 

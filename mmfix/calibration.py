@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ def sink_dimensions(family: Family) -> tuple[int, ...]:
 def calibrated(model: Any, name: str, **params: Any) -> Method:
     """A method by name with the model's calibrated parameters; `params` given by the caller win."""
     stored: dict[str, Any] = dict(_stored(model).get("methods", {}).get(name, {}))
-    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    fixed = {key: _frozen(value) for key, value in stored.items()}
     return build(name, **{**fixed, **params})
 
 
@@ -101,22 +100,46 @@ def cache_folder() -> Path:
 def save(model: Any, calibration: SinkCalibration, folder: Path | None = None) -> Path:
     """Write a calibration to the user's cache, or into a model `folder` as ``mmfix.json``; returns the file."""
     path = folder / FILE if folder is not None else _cache_file(model)
-    content = {
-        "model": Path(_name(model)).name,
-        "sinks": asdict(calibration),
-        "methods": {"var": {"sink_dims": list(calibration.sink_dims), "tau": calibration.tau}},
+    values = {"sink_dims": list(calibration.sink_dims), "tau": calibration.tau}
+    return _merge(path, model, {"sinks": asdict(calibration)}, "var", values)
+
+
+def keep(model: Any, name: str, values: dict[str, Any], record: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write what was calibrated for one method to the user's cache, or into a model `folder`; returns the file.
+
+    Args:
+        values: parameters of the method, as JSON.
+        record: how they were found: data, its hash, revision of the model, scores.
+    """
+    path = folder / FILE if folder is not None else _cache_file(model)
+    known = _read(path).get("calibrations", {}) if path.is_file() else {}
+    full = {"method": name, "model": Path(_name(model)).name, **record, "values": values}
+    return _merge(path, model, {"calibrations": {**known, name: full}}, name, values)
+
+
+def in_use(model: Any, method: Method) -> dict[str, Any] | None:
+    """Which values of a method are as calibrated for the model, ``{"values": …, "data": …}``; None for none."""
+    stored = _stored(model)
+    known = stored.get("methods", {}).get(method.info.name, {})
+    default = {name: one.default for name, one in method.info.params.items()}
+    used = {
+        field: value
+        for field, value in known.items()
+        if field in default and _frozen(value) == getattr(method, field) != default[field]
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(file.name, path)
-    except OSError as error:
-        raise MmfixError(
-            f"cannot write the calibration to {path}: {error.strerror}; choose a writable folder"
-        ) from error
-    return path
+    if not used:
+        return None
+    record = stored.get("calibrations", {}).get(method.info.name, {})
+    return {"values": used, **{name: record[name] for name in ("data", "data_sha256", "revision") if name in record}}
+
+
+def _merge(path: Path, model: Any, parts: dict[str, Any], name: str, values: dict[str, Any]) -> Path:
+    """Write parts of a calibration file and leave its other parts as they are."""
+    from mmfix.heads import write_json
+
+    old = _read(path) if path.is_file() else {}
+    methods = {**old.get("methods", {}), name: values}
+    return write_json(path, {**old, "model": Path(_name(model)).name, **parts, "methods": methods})
 
 
 def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: int = 2) -> SinkCalibration:
@@ -216,20 +239,29 @@ def _cache_file(model: Any) -> Path:
     return cache_folder() / f"{Path(_name(model)).name}-{key}.json"
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
+
+
 def _stored(model: Any) -> dict[str, Any]:
-    folder = Path(_name(model))
-    for path in (folder / FILE, _cache_file(model)):
+    """What is known of a model: from its own folder and, where that says nothing, from the user's cache."""
+    found: dict[str, Any] = {}
+    for path in (Path(_name(model)) / FILE, _cache_file(model)):
         if path.is_file():
-            try:
-                content = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise MmfixError(
-                    f"{path} is not a readable calibration ({error}); delete it and calibrate again"
-                ) from error
-            if not _well_formed(content):
-                raise MmfixError(f"{path} does not hold a calibration; delete it and calibrate again")
-            return dict(content)
-    return {}
+            content = _read(path)
+            joined = {part: {**content.get(part, {}), **found.get(part, {})} for part in ("methods", "calibrations")}
+            found = {**content, **found, **joined}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MmfixError(f"{path} is not a readable calibration ({error}); delete it and calibrate again") from error
+    if not _well_formed(content):
+        raise MmfixError(f"{path} does not hold a calibration; delete it and calibrate again")
+    return dict(content)
 
 
 def _well_formed(content: Any) -> bool:
@@ -241,4 +273,5 @@ def _well_formed(content: Any) -> bool:
         dims = sinks.get("sink_dims") if isinstance(sinks, dict) else None
         if not isinstance(dims, list) or not dims or not all(type(d) is int for d in dims):
             return False
-    return isinstance(chosen, dict) and all(isinstance(params, dict) for params in chosen.values())
+    parts = (chosen, content.get("calibrations", {}))
+    return all(isinstance(part, dict) and all(isinstance(one, dict) for one in part.values()) for part in parts)

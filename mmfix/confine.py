@@ -19,14 +19,26 @@ from mmfix.families import Family
 from mmfix.method import Method, Site
 from mmfix.segments import MaskEdit
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Edit, HeadScale, HeadSelect, MapReplacement, MassMove, ScoreEdit, SplitSoftmax
+from mmfix_kernels import (
+    Edit,
+    HeadMean,
+    HeadScale,
+    HeadSelect,
+    KeyGain,
+    KeyMove,
+    MapReplacement,
+    MassMove,
+    ScoreEdit,
+    SplitSoftmax,
+)
 
 # The answers that this module knows how to confine, or that change nothing by themselves. A method that gives another
 # answer is refused: half of it would act on every prompt.
 KNOWN = frozenset(
     {
         *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
-        *("scales_text_only", "branches", "mix", "positions", "rewrites_positions"),
+        *("scales_text_only", "branches", "readouts", "mix", "positions", "rewrites_positions"),
+        *("wants_received", "received", "tower_layers", "patches", "patch_edits"),
     }
 )
 
@@ -42,6 +54,14 @@ class _Confined:
 
     def edits(self, site: Site) -> Sequence[Edit]:
         found: Sequence[Edit] = super().edits(site)  # type: ignore[misc]
+        return [_restricted(edit, self._rows(site)) for edit in found]
+
+    def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
+        found: Sequence[Edit] = super().received(site, mass)  # type: ignore[misc]
+        return [_restricted(edit, self._rows(site)) for edit in found]
+
+    def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
+        found: Sequence[Edit] = super().patch_edits(site, values)  # type: ignore[misc]
         return [_restricted(edit, self._rows(site)) for edit in found]
 
     def mask(self, site: Site) -> Sequence[MaskEdit]:
@@ -79,19 +99,21 @@ class _Confined:
         found: Mix | None = super().mix()  # type: ignore[misc]
         if found is None:
             return None
-        fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-        return _ConfinedMix(**fields, prompts=self._prompts)
+        cls: Any = type(type(found).__name__, (_ConfinedMix, type(found)), {})
+        confined = object.__new__(cls)
+        confined.__dict__.update(found.__dict__, prompts=self._prompts)
+        return confined  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ConfinedMix(Mix):
-    """A mix of the logits of some prompts; the others keep their factual logits."""
+class _ConfinedMix:
+    """Mixed in before a mix's class: logits of some prompts are mixed, the others keep their factual ones."""
 
-    prompts: tuple[bool, ...] = ()
+    prompts: tuple[bool, ...]
 
     def __call__(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         chosen = torch.tensor(self.prompts, device=logits.device)
-        return torch.where(chosen[:, None, None], super().__call__(logits, steps), logits[:, 0])
+        mixed: Tensor = super().__call__(logits, steps)  # type: ignore[misc]
+        return torch.where(chosen[:, None, None], mixed, logits[:, 0])
 
 
 def confine(method: Method, prompts: Sequence[bool]) -> Method:
@@ -130,6 +152,8 @@ def _restricted(edit: Edit, chosen: Tensor) -> Edit:
     """`edit` on the batch rows of `chosen`, Bool[rows]."""
     if isinstance(edit, HeadScale):
         return HeadScale(scale=torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0))
+    if isinstance(edit, (KeyGain, KeyMove, HeadMean)):
+        return edit.of(chosen)
     if isinstance(edit, (ScoreEdit, SplitSoftmax, MassMove, MapReplacement, HeadSelect)):
         return dataclasses.replace(edit, batch=chosen if edit.batch is None else chosen & edit.batch)
     raise ConflictError(

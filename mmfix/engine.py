@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from mmfix import report as reports
-from mmfix.calibration import calibrated
+from mmfix.calibration import calibrated, in_use
 from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel, UsageError
 from mmfix.expand import Expander
 from mmfix.families import Family, describe, why_not
 from mmfix.install import disturbed, install
 from mmfix.method import Method
+from mmfix.overlooking import Overlooking
+from mmfix.readouts import Readouts
 from mmfix.restore import ATTRIBUTE, Snapshot
 from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
@@ -108,9 +110,7 @@ def mitigate(
         ...     ids = model.generate(**inputs, max_new_tokens=64)
         >>> fix.report().fired["var"].share
     """
-    family = describe(model)
-    if processor is not None:
-        family = dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
+    family = described(model, processor)
     if any(ATTRIBUTE in module.__dict__ for module in family.attentions):
         raise ConflictError(
             "this model is already inside a mitigate() block; leave it first, or pass a list of methods"
@@ -121,7 +121,11 @@ def mitigate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     session = Session(family, methods, backend, telemetry)
+    session.calibrated = {m.info.name: found for m in methods if (found := in_use(family.whole, m)) is not None}
     _branch(session, family, methods, backend)
+    if session.watch is not None:
+        session.vision = session.vision or Vision(family, (), backend)
+        session.vision.watch = session.watch
     snapshot = Snapshot(model)
     changed: list[str] = []
     try:
@@ -131,6 +135,18 @@ def mitigate(
             yield Mitigation(session)
     finally:
         snapshot.verify(changed)
+
+
+def described(model: Any, processor: Any = None) -> Family:
+    """The model as methods see it, with what its processor tells of prompts.
+
+    Raises:
+        UnsupportedModel: a fact about the model is missing.
+    """
+    family = describe(model)
+    if processor is None:
+        return family
+    return dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
 
 
 def _markers_of(processor: Any) -> Markers | None:
@@ -192,10 +208,22 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         names = " and ".join(repr(m.info.name) for _, m in mixing)
         raise ConflictError(f"methods {names} both combine logits; use one of them")
     for owner, one in mixing:
-        branches, mix = tuple(one.branches(family)), one.mix()
+        branches, mix, readouts = tuple(one.branches(family)), one.mix(), tuple(one.readouts(family))
         assert mix is not None
-        if len(mix.weights) != 1 + len(branches):
-            raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
+        if branches and readouts:
+            raise MethodError(f"{one.info.name}: branches and readouts do not go together; give one of them")
+        if len(mix.weights) != 1 + len(branches) + len(readouts):
+            raise MethodError(
+                f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches) + len(readouts)} branches"
+            )
+        blending = [m.info.name for m in methods if m.blend() is not None]
+        if readouts and blending:
+            raise ConflictError(
+                f"{one.info.name!r} reads layers out beside the model's own logits, which {blending[0]!r} mixes with "
+                "layers too; use one of them"
+            )
+        if readouts:
+            session.readouts = Readouts(family, readouts, session)
         vision = Vision(family, branches, backend)
         if vision.edits_tower and not all(family.looking(p) for p in vision.parts):
             raise UnsupportedModel(
@@ -206,3 +234,5 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         session.vision, session.mix, session.mix_owner = vision, mix, owner
         if branches:
             session.expander = Expander(family, branches, vision)
+            overlooking = Overlooking(session.expander.rows)
+            session.overlooking = overlooking if overlooking.selects else None

@@ -15,9 +15,10 @@ from mmfix.errors import MmfixError
 from mmfix.families import Family
 from mmfix.inputs import Inputs
 from mmfix.outer import Outer
+from mmfix.selection import Blind, Overlooked
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision
-from mmfix_kernels import Edit, HeadScale
+from mmfix_kernels import Edit, HeadMean, HeadScale, KeyGain, KeyMove
 
 _PER_ROW = ("token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
@@ -42,6 +43,7 @@ class Expander:
         self.valid = torch.zeros(0, 0, dtype=torch.bool)
         self.given_image = self.image  # Bool[B, L], of the piece as it was given
         self.longer = 0  # tokens by which the rows' prompts are longer than the factual ones
+        self.maps: Tensor | None = None  # Float32[B, layers, T], where the last row of each prompt looks
         self.caches: list[CacheRows] = []
 
     def expand(
@@ -80,9 +82,13 @@ class Expander:
         image = image_tokens(given.ids, given.like.shape[:2], self.family.image_token_id, mask)
         valid = _piece_mask(kwargs.get("attention_mask"), given, total)
         self.given_image = image & valid
-        kwargs = self._features(given, kwargs, self.given_image[:, start:])
+        blank = self._blank(self.given_image, given.past)
+        kwargs, kept = self._features(given, kwargs, self.given_image[:, start:], _from(blank, start))
         wide_image, wide_valid = self.rows.expand(image), self.rows.expand(valid)
-        gone = self.rows.without_image(batch, image.device)
+        left = wide_image & self.rows.without_image(batch, image.device)[:, None]  # tokens that leave the prompts
+        if kept is not None:
+            left[:, start:] |= wide_image[:, start:] & ~kept
+        gone = left.any(-1)
         self.longer = 0
         if given.ids is None:
             assert given.embeds is not None
@@ -93,13 +99,14 @@ class Expander:
             embeds = self.rows.expand(given.embeds)
             if self.outer is not None:
                 embeds = self.outer.row_embeddings(given.embeds, image & valid, self.vision.row_looks)
-            embeds, wide_valid = drop_image(embeds, wide_valid, wide_image, gone, 0)
-            kwargs["inputs_embeds"] = embeds
-            wide_image = wide_image & ~gone[:, None]
+            if blank is not None:
+                embeds = embeds.masked_fill(blank[..., None], 0.0)
+            kwargs["inputs_embeds"], wide_valid = drop_image(embeds, wide_valid, left, gone, 0)
+            wide_image = wide_image & ~left
         else:
             ids = self.rows.expand(given.ids)
-            ids, wide_valid = drop_image(ids, wide_valid, wide_image, gone, self._filler())
-            wide_image = wide_image & ~gone[:, None]
+            wide_image = drop_image(wide_image, wide_valid, left, gone, 0)[0]
+            ids, wide_valid = drop_image(ids, wide_valid, left, gone, self._filler())
             if self.other_prompts:
                 ids, wide_valid, wide_image = self._other_prompts(given, ids, wide_valid, wide_image, length, total)
             kwargs["input_ids"] = ids
@@ -113,18 +120,54 @@ class Expander:
         self._masks(kwargs, whole, given.past, total + self.longer)
         return kwargs
 
-    def _features(self, given: Inputs, kwargs: dict[str, Any], image: Tensor) -> dict[str, Any]:
-        """Encode pixels, and give every row the features of its branch."""
+    @property
+    def measures(self) -> bool:
+        """Whether some branch needs a pass ahead that tells where the prompt's last row looks."""
+        return any(isinstance(branch.select, Blind) for branch in self.rows.branches)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some branch depends on where the prompt's last row looks."""
+        return any(isinstance(branch.select, (Blind, Overlooked)) for branch in self.rows.branches)
+
+    def _blank(self, image: Tensor, past: int) -> Tensor | None:
+        """Bool[B*R, T]: image tokens of the rows whose features are zero; None for none."""
+        if not self.measures or (past and not bool(image.any())):
+            return None
+        if past or self.maps is None:
+            raise MmfixError(
+                "a picture came after the first pass of its prompt, and a branch's view of it depends on the prompt's "
+                "last row, so pieces cannot be joined; give the conversation at once, with a fresh cache"
+            )
+        known = self.maps.shape[-1]
+        rows = [torch.zeros_like(image)]
+        for branch in self.rows.branches:
+            if isinstance(branch.select, Blind):
+                kept = branch.select(self.maps, image[:, :known])
+                rows.append(image & ~F.pad(kept, (0, image.shape[1] - known)))
+            else:
+                rows.append(torch.zeros_like(image))
+        return torch.stack(rows, dim=1).flatten(0, 1)
+
+    def _features(
+        self, given: Inputs, kwargs: dict[str, Any], image: Tensor, blank: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Encode pixels, and give every row the features of its branch.
+
+        Also Bool[B*R, T], the image tokens that each row keeps; None when that is all of those that it has.
+        """
+        kept = None
         if kwargs.get("pixel_values") is not None:
             kwargs = self.vision.encode(kwargs)
         if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
-            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image)
+            kept = self.vision.kept(kwargs["mm_encoder_outputs"], image)
+            kwargs["mm_encoder_outputs"] = self.vision.take_apart(kwargs["mm_encoder_outputs"], image, kept, blank)
         elif given.ids is None and self.vision.needed and self.outer is None:
             raise MmfixError(
                 "the image's features are already merged into inputs_embeds, so a branch cannot look at the picture "
                 "anew; pass input_ids and pixel_values, or use a method that edits the language model only"
             )
-        return kwargs
+        return kwargs, kept
 
     def _filler(self) -> int:
         pad = getattr(self.family.decoder.config, "pad_token_id", None)
@@ -224,7 +267,8 @@ class Expander:
         if bool(changed.any()):
             own = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + new]
             rows = changed.repeat(valid.shape[0] // self.rows.count)
-            if positions is not None and positions.ndim == 3 and self.other_prompts:
+            unnumbered = self.rewrite is not None or any(b.rewrites and b.image for b in self.rows.branches)
+            if positions is not None and positions.ndim == 3 and unnumbered:
                 raise MmfixError(
                     f"{self.family.name} numbers image tokens along several axes, and "
                     "another prompt around the image is not built for that; use a method that leaves prompts alone"
@@ -242,9 +286,7 @@ class Expander:
     @property
     def changed(self) -> Tensor:
         """Bool[R]: the rows of a prompt whose tokens are not the factual ones."""
-        return torch.tensor(
-            [self.rewrite is not None, *(not b.image or b.prompt is not None for b in self.rows.branches)]
-        )
+        return torch.tensor([self.rewrite is not None, *(b.rewrites for b in self.rows.branches)])
 
     def _wide_mask(self, mask: Tensor, valid: Tensor, changed: Tensor) -> Tensor:
         """A 4-D mask for the rows; those of `changed` branches, whose tokens stand elsewhere, show their own."""
@@ -280,6 +322,8 @@ class Expander:
                 if isinstance(edit, HeadScale):
                     scale = torch.where(chosen[:, None], edit.scale.to(chosen.device), 1.0)
                     found.append(HeadScale(scale=scale))
+                elif isinstance(edit, (KeyGain, KeyMove, HeadMean)):
+                    found.append(edit.of(chosen))
                 else:
                     found.append(dataclasses.replace(edit, batch=chosen))
         return found
@@ -289,7 +333,12 @@ class Expander:
         for cache in self.caches:
             cache.restore()
         self.caches.clear()
+        self.maps = None
         self.image = self.valid = torch.zeros(0, 0, dtype=torch.bool)
+
+
+def _from(tensor: Tensor | None, start: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, start:]
 
 
 def _piece_mask(attention_mask: Any, given: Inputs, new: int) -> Tensor:

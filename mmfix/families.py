@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from mmfix import selection
 from mmfix.errors import UnsupportedModel
 from mmfix.method import Method
 from mmfix.segments import Markers
@@ -162,16 +163,21 @@ def why_not(family: Family, method: Method) -> str:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}
-    if "tower" in parts and not family.tower_attentions:
+    if ("tower" in parts or method.steers_tower) and not family.tower_attentions:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if "resampler" in parts and not family.resampler_attentions:
         return "there is no Q-Former or perceiver whose attention can be replaced"
-    if not family.cross_layers:
-        return ""
+    reasons = (selection.why_not(family, branch.select) for branch in branches if branch.select is not None)
+    reason = next((reason for reason in reasons if reason), "")
+    if reason or not family.cross_layers:
+        return reason
     touches_keys = method.masks or method.reorders or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
-    if touches_keys or drops_image or reads_heads or method.rewrites:
+    reads_keys = any(method.wants_received(n, family.num_layers) for n in range(family.num_layers))
+    reads_keys = reads_keys or bool(method.tower_layers(len(family.tower_attentions)))
+    reads_states = method.compares_states or method.retrace() is not None
+    if touches_keys or drops_image or reads_heads or reads_keys or reads_states or method.rewrites:
         return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 

@@ -32,7 +32,14 @@ def pack(outputs: Sequence[Any]) -> Any:
     return first
 
 
-def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None]) -> Any:
+def take_apart(
+    output: Any,
+    image: Tensor,
+    looks: int,
+    rows: Sequence[int | None],
+    kept: Tensor | None = None,
+    blank: Tensor | None = None,
+) -> Any:
     """The features of expanded rows.
 
     Args:
@@ -40,6 +47,8 @@ def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None
         image: Bool[B, T], image tokens of the prompts.
         looks: how many looks are packed.
         rows: for each row of a prompt, the look that it sees, or None for no picture.
+        kept: Bool[B*R, T], the image tokens that stay in each row; None for all.
+        blank: Bool[B*R, T], those whose features are zero; None for none.
 
     Returns:
         A copy with the features of each row ``b*R + r`` that sees a picture, in order.
@@ -56,10 +65,32 @@ def take_apart(output: Any, image: Tensor, looks: int, rows: Sequence[int | None
                     "the processor and the model disagree"
                 )
             parts = [part.chunk(looks, dim=-1) for part in torch.split(flat, counts)]
-            wide = [part[look] for part in parts for look in rows if look is not None]
+            wide = []
+            for b, part in enumerate(parts):
+                for r, look in enumerate(rows):
+                    if look is None:
+                        continue
+                    row, own = part[look], b * len(rows) + r
+                    row = row if blank is None else row.masked_fill(blank[own][image[b]][:, None], 0.0)
+                    wide.append(row if kept is None else row[kept[own][image[b]]])
             taken.append(torch.cat(wide) if isinstance(level, Tensor) else wide)
         _set(found, name, taken)
     return found
+
+
+def marked(output: Any, image: Tensor, looks: int, look: int) -> Tensor:
+    """Bool[B, T]: image tokens of B prompts that are marked in a look which holds marks instead of features.
+
+    A mark is 1 in every place of the token, and 0 where there is none. What the model puts between patches by itself is
+    neither.
+
+    Args:
+        output: packed features of the prompts' pictures; image: Bool[B, T]; looks: how many are packed.
+    """
+    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+    marks = flat.chunk(looks, dim=-1)[look]
+    chosen = (marks > 0.5).all(-1) & (marks < 1.5).all(-1)
+    return torch.zeros_like(image).masked_scatter(image, chosen.to(image.device))
 
 
 def parted(output: Any, image: Tensor, stop: int) -> tuple[Any, Any]:

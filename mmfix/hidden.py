@@ -78,6 +78,8 @@ class HiddenHooks:
         session = self.session
         if not session.active or session.aside or self.state.repeating or session.spans is None:
             return False
+        if session.comparing or session.measuring is not None:  # a pass beside the model's own
+            return False
         return session.current.single or session.spans.any_image
 
     def _entering(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -48,6 +48,8 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
             hook(handle)
     if session.vision is not None and session.vision.needed:
         _install_vision(family, session.vision, stack)
+    if session.vision is not None and session.watch is not None and "tower" not in session.vision.parts:
+        _install_looking(family, session.vision, "tower", stack)
     if family.outer is not None:
         outer = Outer(family, session)
         if session.expander is not None:
@@ -63,10 +65,17 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
     hook(family.model.register_forward_hook(lambda module, args, output: session.finish(output), always_call=True))
     if family.model.base_model is not family.model:
         hook(family.model.base_model.register_forward_pre_hook(lambda module, args: session.check_inside()))
+    if session.readouts is not None:
+        stack.callback(session.readouts.clear)
+        for handle in session.readouts.hooks():
+            hook(handle)
     for n, layer in enumerate(family.layers):
         if session.watches(n):
             hook(layer.register_forward_pre_hook(_entering(session.layers[n]), with_kwargs=True))
             hook(layer.register_forward_hook(_leaving(session.layers[n])))
+    if session.steering is not None:
+        for handle in session.steering.hooks():
+            hook(handle)
 
 
 def disturbed(family: Family, session: Session) -> list[str]:

@@ -9,16 +9,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmfix import received
 from mmfix import reorder as reordered
 from mmfix import segments as token_segments
 from mmfix import spans as token_spans
-from mmfix.errors import MmfixError, UnsupportedModel
+from mmfix.errors import ConflictError, MmfixError, UnsupportedModel
 from mmfix.inputs import rows_for
 from mmfix.method import Site
 from mmfix.reorder import Reorder, Rotary
 from mmfix.segments import MaskEdit, Opened, Segments
 from mmfix.spans import TokenSpans
-from mmfix_kernels import Attended, AttentionCall, Edit, Group, HeadScale, KeyGroups, Label, grouped_attention
+from mmfix_kernels import (
+    Attended,
+    AttentionCall,
+    Edit,
+    Group,
+    HeadMean,
+    HeadScale,
+    KeyGain,
+    KeyGroups,
+    KeyMove,
+    Label,
+    grouped_attention,
+)
 from mmfix_kernels.edits import membership
 
 if TYPE_CHECKING:
@@ -42,6 +55,7 @@ class LayerState:
         self.sinks: Tensor | None = None  # Bool[B, T]
         self.edits: list[Edit] = []
         self.owners: list[int | None] = []  # position of the method that gave each edit
+        self.frozen: list[tuple[Edit, int]] = []  # what methods made of the prompt's attention; stays for its turns
         self.opened: Opened | None = None
         self.mask_owners: list[int] = []
         self.reorder: Reorder | None = None
@@ -80,6 +94,12 @@ class LayerState:
                 self.edits.append(edit)
                 self.owners.append(owner)
             found = tuple(one.mask(site)) if one.masks else ()
+            if found and wanted and found[0].share != wanted[0].share:
+                names = " and ".join(repr(session.methods[n].info.name) for n in (*self.mask_owners, owner))
+                raise ConflictError(
+                    f"methods {names} change the mask of layer {self.layer} by different shares ({wanted[0].share:g} "
+                    f"and {found[0].share:g}), and a layer has one; use one of them, or give them other layers"
+                )
             if found:
                 wanted += found
                 self.mask_owners.append(owner)
@@ -88,6 +108,10 @@ class LayerState:
                 self.edits.append(branch_edit)
                 self.owners.append(None)  # what a contrast does is counted where the logits are mixed
         self.reorder = next((m.reorder(site) for m in session.methods if m.reorders), None)
+        self.frozen = self.frozen if past else []
+        for edit, owner in self.frozen:
+            self.edits.append(edit)
+            self.owners.append(owner)
         self.opened = None
         if wanted:
             assert segments is not None
@@ -95,7 +119,7 @@ class LayerState:
             if key not in masks:
                 masks[key] = token_segments.opened(segments, key, past)
             self.opened = masks[key]
-        self._reserve()
+        self.reserve()
 
     def step(self, batch: int, total: int, again: bool) -> None:
         """Labels for `batch` rows of `total` keys; what lies beyond the prompt is generated.
@@ -179,6 +203,10 @@ class LayerState:
     def attend(self, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, Tensor | None]:
         """One attention call of the language model."""
         session = self.session
+        if session.comparing:
+            return grouped_attention(AttentionCall(**inputs), session.backend).output.transpose(1, 2).contiguous(), None
+        if session.measuring is not None:
+            return session.measuring.attend(inputs)
         if session.aside:
             assert session.text_only is not None
             return session.text_only.attend(inputs, session.backend)
@@ -186,10 +214,25 @@ class LayerState:
         self.called = True
         if self.reorder is not None:
             return self._attend_reordered(self.reorder, inputs, window)
+        if session.overlooking is not None and session.branching is not None:
+            assert session.spans is not None
+            labelled = self._groups(AttentionCall(**inputs).keys)
+            inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry and not self.repeating else "none"
         bare = AttentionCall(**inputs)
-        groups = self._groups(bare.keys) if self.edits or session.telemetry else None
-        plain = dataclasses.replace(bare, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
+        asked = (
+            not self.repeating
+            and session.current.prefill
+            and not session.current.past
+            and self.layer in session.received_layers
+        )
+        if session.watch is not None and session.current.prefill and not self.repeating:
+            session.watch.ask(self)
+        groups = self._groups(bare.keys) if self.edits or session.telemetry or asked else None
+        if asked:
+            received.ask(self, dataclasses.replace(bare, groups=groups))
+        edits = self.edits if window is None else self._in_window(bare.keys)
+        plain = dataclasses.replace(bare, groups=groups, edits=edits, masses=masses)  # type: ignore[arg-type]
         if self.opened is None:
             attended = grouped_attention(plain, session.backend)
         else:
@@ -246,6 +289,13 @@ class LayerState:
         if both is not None and base.masses is not None:
             both = torch.lerp(base.masses, both, opened.share)
         return Attended(output, both, attended.fired, attended.backend, attended.reason)
+
+    def _in_window(self, s_len: int) -> list[Edit]:
+        """The edits for a call that keeps the last `s_len` keys."""
+        if not any(isinstance(edit, (KeyGain, KeyMove)) for edit in self.edits):
+            return self.edits
+        offset = max(0, self.session.current.total - s_len)
+        return [e.behind(offset) if isinstance(e, (KeyGain, KeyMove)) else e for e in self.edits]
 
     def _groups(self, s_len: int) -> KeyGroups:
         """Labels and rows of one call with `s_len` keys."""
@@ -315,7 +365,8 @@ class LayerState:
         self.sinks = sinks
         self.labels = padded(token_spans.relabel_sinks(spans.labels, sinks), width)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
+        """Counters ready before a graph is compiled."""
         if (self.edits or self.session.scales_hidden) and self.labels is not None:
             self._counters(self.labels.device)
 
@@ -335,6 +386,13 @@ class LayerState:
         for n, owner in enumerate(self.owners):
             if owner is not None:
                 counters[owner] += fired[n]
+
+
+def tells_rows_apart(edit: Edit) -> bool:
+    """Whether an edit of a method acts on some batch rows, so that branches without the image may lack it."""
+    if isinstance(edit, HeadScale):
+        return edit.scale.ndim == 2
+    return isinstance(edit, HeadMean) or edit.batch is not None
 
 
 def padded(labels: Tensor, width: int) -> Tensor:

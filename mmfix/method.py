@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, RepeatQuestion
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
+    from mmfix.readouts import Readout
     from mmfix.reorder import Reorder
+    from mmfix.retracing import Retrace
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
+    from mmfix.steering import Blend, Steer
 
 Kind = Literal[
     "score edit", "mass move", "map", "mask", "head scale", "hidden edit", "positions", "prompt", "contrast", "search"
@@ -30,12 +33,21 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a method, for help texts and generated controls."""
+    """One parameter of a method, for help texts and generated controls.
+
+    Args:
+        default: value when none is given.
+        help: one line.
+        low, high: the range worth trying.
+        example: for a text of the user's own, what it may look like. A text without one (such as a file's name) is
+            never asked of a visitor.
+    """
 
     default: Any
     help: str = ""
     low: float | None = None
     high: float | None = None
+    example: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,8 @@ class Site:
         num_layers, num_heads: of the language model.
         spans: token spans of the prompt at hand.
         segments: roles, images and turns of its tokens; for methods that answer :meth:`Method.mask`, else None.
+        states: outputs of this layer at the last token of the prompt with and without its image, [B, hidden] each, from
+            plain passes; for methods that set :attr:`Method.compares_states`, else None.
     """
 
     layer: int
@@ -79,6 +93,7 @@ class Site:
     num_heads: int
     spans: TokenSpans
     segments: Segments | None = None
+    states: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +164,26 @@ class Method:
         """Head factors from head outputs at the last prompt position with and without the image, both [B, H, D]."""
         raise NotImplementedError
 
+    def wants_received(self, layer: int, num_layers: int) -> bool:
+        """Whether :meth:`received` is asked at this layer; it costs a second look at the prompt's attention."""
+        return False
+
+    def received(self, site: Site, mass: Tensor) -> Sequence[Edit]:
+        """Edits from what each prompt key receives: Float32[B, H, T], the mean attention of the rows that see it."""
+        raise NotImplementedError
+
+    def tower_layers(self, count: int) -> tuple[int, ...]:
+        """Layers of the vision tower's `count` whose class token :meth:`patches` wants to see; none as a rule."""
+        return ()
+
+    def patches(self, maps: Mapping[int, Tensor]) -> Tensor:
+        """Float32[P, N]: a number per patch, from the class token's attention Float32[P, H, N] per tower layer."""
+        raise NotImplementedError
+
+    def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
+        """Edits of one layer from the patches' numbers on the prompt's tokens, Float32[B, T]; 0 on other tokens."""
+        raise NotImplementedError
+
     @property
     def scales_text_only(self) -> bool:
         """Whether the factors of :meth:`head_scale` act on the branch without the image too."""
@@ -157,6 +192,37 @@ class Method:
     def hidden_scale(self, layer: int) -> HiddenScale | None:
         """Dimensions of this layer's input that are scaled for queries and keys alone; asked once, when it starts."""
         return None
+
+    def steering(self, site: Site) -> Sequence[Steer]:
+        """Changes of the hidden states of one layer, asked once per prompt with an image and layer."""
+        return ()
+
+    @property
+    def steers(self) -> bool:
+        """Whether the method answers :meth:`steering`."""
+        return type(self).steering is not Method.steering
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether :meth:`steering` reads the states of the prompt with and without its image; two more prefills."""
+        return False
+
+    def blend(self) -> Blend | None:
+        """What the language head reads besides the last layer's states; None for nothing."""
+        return None
+
+    def retrace(self) -> Retrace | None:
+        """Where uncertain tokens look at the image again, asked once; None for nowhere."""
+        return None
+
+    def tower_steering(self, layer: int, num_layers: int) -> Sequence[Steer]:
+        """Changes of the states of one layer of the vision tower, asked once."""
+        return ()
+
+    @property
+    def steers_tower(self) -> bool:
+        """Whether the method answers :meth:`tower_steering`."""
+        return type(self).tower_steering is not Method.tower_steering
 
     def branches(self, family: Family) -> Sequence[Branch]:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
@@ -174,8 +240,12 @@ class Method:
         """Whether the method answers :meth:`rewrite`."""
         return type(self).rewrite is not Method.rewrite
 
+    def readouts(self, family: Family) -> Sequence[Readout]:
+        """Hidden states that are read out as logits beside the model's own; not together with branches."""
+        return ()
+
     def mix(self) -> Mix | None:
-        """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""
+        """How the logits of the branches, or of the readouts, combine; None when nothing is combined or cut."""
         return None
 
     def check(self, name: str, low: float, high: float) -> None:
@@ -194,7 +264,7 @@ def layer_numbers(name: str, layers: Sequence[int], count: int) -> tuple[int, ..
     """
     wrong = [n for n in layers if not -count <= n < count]
     if wrong:
-        raise MethodError(f"{name}={tuple(layers)!r}: this model has layers {-count} to {count - 1}")
+        raise MethodError(f"{name}={tuple(layers)!r}: give layers from {-count} to {count - 1}")
     return tuple(sorted({n % count for n in layers}))
 
 
@@ -207,11 +277,7 @@ def chosen_layers(method: Method, default: Iterable[int], num_layers: int) -> tu
     layers: tuple[int, ...] | None = method.layers  # type: ignore[attr-defined]
     if layers is None:
         return tuple(default)
-    if not all(-num_layers <= n < num_layers for n in layers):
-        raise MethodError(
-            f"{method.info.name}.layers={layers!r}: give layers from {-num_layers} to {num_layers - 1}, or None"
-        )
-    return tuple(sorted({n % num_layers for n in layers}))
+    return layer_numbers(f"{method.info.name}.layers", layers, num_layers)
 
 
 def in_proportion(first: int, end: int, num_layers: int, of: int = 32) -> range:
@@ -224,9 +290,11 @@ M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, MethodInfo] = {}
 
 
-def param(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a help text and a range, from which controls and documentation are generated."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def param(
+    default: Any, help: str, low: float | None = None, high: float | None = None, *, example: str | None = None
+) -> Any:
+    """A dataclass field with what :class:`Param` tells of it, from which controls and documentation are generated."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "example": example})
 
 
 def register(
@@ -245,10 +313,7 @@ def register(
             raise MethodError(f"method name {name!r} is taken by {_REGISTRY[name].cls.__name__}; choose another")
         if not (issubclass(cls, Method) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise MethodError(f"{cls.__name__}: a method is a frozen dataclass that derives from mmfix.Method")
-        params = {
-            f.name: Param(f.default, f.metadata.get("help", ""), f.metadata.get("low"), f.metadata.get("high"))
-            for f in dataclasses.fields(cls)
-        }
+        params = {f.name: Param(f.default, **f.metadata) for f in dataclasses.fields(cls)}
         cls.info = MethodInfo(name, title, paper, kind, passes, trained_in_paper, params, cls)
         _REGISTRY[name] = cls.info
         return cls
@@ -290,7 +355,7 @@ def parse(text: str) -> Method:
     """
     name, colon, rest = text.partition(":")
     params: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", rest) if colon else []:
+    for part in _outside_brackets(rest) if colon else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise MethodError(f"method {text!r}: {part!r} is not field=value; write {name}:field=value,field=value")
@@ -299,6 +364,18 @@ def parse(text: str) -> Method:
         except json.JSONDecodeError:
             params[key.strip()] = value.strip()
     return method(name.strip(), **params)
+
+
+def _outside_brackets(text: str) -> list[str]:
+    """`text` split at the commas that stand in no bracket."""
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces
 
 
 def spec(method: Method) -> dict[str, Any]:

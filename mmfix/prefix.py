@@ -7,30 +7,111 @@ the image, another look at the picture shares the text before it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from mmfix import features
 from mmfix.branches import Branch
+from mmfix.selection import Overlooked
 from mmfix.spans import NEVER, TokenSpans
-from mmfix_kernels import HeadScale, Rows
+from mmfix_kernels import HeadMean, HeadScale, Rows
+
+if TYPE_CHECKING:
+    from mmfix.inputs import Inputs
+    from mmfix.session import Session
 
 LEAST = 16  # tokens below which a pass of its own for the prefix costs more than it saves
+_PICTURE = ("pixel_values", "mm_encoder_outputs")
+_TOKENS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+
+
+def worthwhile(session: Session, given: Inputs, kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt may start with a pass of its own.
+
+    Not where a method looks at the whole prompt (sinks, heads, masks), and not where the cache or the inputs are not
+    those of ``generate()``.
+    """
+    if session.branching is None or session.branching.rewrite is not None:
+        return False
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
+    usual = given.kept and given.ids is not None and not kwargs.get("output_hidden_states")
+    # Cross-attention keys and first tokens that attend to what follows them have no prefix.
+    family = not session.family.cross_layers and not session.family.bidirectional
+    return bool(plain and usual and family and not session.whole and shareable(given.cache))
+
+
+def compute(session: Session, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
+    """Compute the start of a prompt that no branch changes, once per prompt.
+
+    Returns its length, 0 for none, and the inputs with the features of the pictures that come after it.
+    """
+    from mmfix.session import Pass
+
+    expander = session.expander
+    assert expander is not None
+    session.expanding = False
+    try:
+        session.current = Pass(True, 0, length, length)
+        session.read_prompt(given, kwargs, False)
+        spans = session.spans
+        assert spans is not None
+        shared = min(shared_length(expander.rows.branches, spans), length - 1)
+        image = spans.image
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        inside = bool(image[:, :shared].any()), bool(image[:, shared:].any())
+        if all(inside) and encoded is None:  # pixels cannot be given to two passes
+            shared, inside = int(image.any(0).int().argmax()), (False, True)
+        session.prompts -= given.like.shape[0]
+        if shared < LEAST:
+            return 0, kwargs
+        session.current = Pass(True, 0, shared, shared)
+        session.read_rows(given.like.shape[0], shared)
+        session.active = True
+        inputs = part({**kwargs, "input_ids": given.ids}, slice(0, shared), slice(0, shared))
+        if not inside[0]:
+            inputs = _without_picture(inputs)
+        elif not inside[1]:
+            kwargs = _without_picture(kwargs)
+        else:
+            first, rest = features.parted(encoded, image, shared)
+            inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": first}
+            kwargs = {**kwargs, "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], "image": rest}}
+        session.family.model.forward(**{**inputs, "logits_to_keep": 1})
+    finally:
+        session.expanding, session.active = True, False
+        session.mass_sum, session.mass_layers = None, 0
+    session.share(given.cache, expander.rows.count)
+    return shared, kwargs
+
+
+def part(kwargs: dict[str, Any], tokens: slice, mask: slice) -> dict[str, Any]:
+    """Inputs of some of the tokens, with the attention mask of `mask`."""
+    known = {name: value for name, value in kwargs.items() if value is not None}
+    cut = {name: value[..., tokens] if name in _TOKENS else value for name, value in known.items()}
+    if cut.get("attention_mask") is not None:
+        cut["attention_mask"] = cut["attention_mask"][:, mask]
+    return cut
+
+
+def _without_picture(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _PICTURE}
 
 
 def shared_length(branches: tuple[Branch, ...], spans: TokenSpans) -> int:
     """Tokens at the start of a batch of prompts that every branch leaves as they are."""
     length = spans.length
     for branch in branches:
-        if not branch.image or branch.prompt is not None:
+        if branch.rewrites or isinstance(branch.select, Overlooked):
             return 0
-        if branch.looks:
+        if branch.sees_otherwise:
             positions = torch.arange(spans.length, device=spans.image.device)
             length = min(length, int(torch.where(spans.image, positions, spans.length).min()))
         for edit in branch.edits:
-            if isinstance(edit, HeadScale) or edit.rows is Rows.ALL:
+            if isinstance(edit, (HeadScale, HeadMean)) or edit.rows is Rows.ALL:
                 return 0
             starts = spans.starts[edit.rows]
             length = min(length, int(torch.where(starts < NEVER, starts, spans.length).min()))

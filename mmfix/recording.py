@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmfix.families import describe
-from mmfix_kernels import AttentionCall, HeadScale, HeadSelect, KeyGroups
+from mmfix_kernels import AttentionCall, HeadMean, HeadScale, HeadSelect, KeyGroups
 from mmfix_kernels import reference as definition
 from mmfix_kernels.attention import observed
 
@@ -72,7 +72,7 @@ def last_row(call: AttentionCall) -> Tensor:
         prefix_value=None,
         mask=mask,
         groups=None if call.groups is None else _last_groups(call.groups, q_len, s_len),
-        edits=[edit for edit in call.edits if not isinstance(edit, (HeadScale, HeadSelect))],
+        edits=[edit for edit in call.edits if not isinstance(edit, (HeadScale, HeadSelect, HeadMean))],
         masses="none",
     )
     return definition.attend(row).output[:, :, 0].detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -66,6 +66,7 @@ class Report:
             `extra_prefills` and not counted here).
         extra_prefills: text-only prefills run.
         notes: what the user should know, such as a method that never fired.
+        calibrated: method name → which of its values were calibrated for this model, and on what data.
     """
 
     methods: list[dict[str, Any]]
@@ -77,6 +78,7 @@ class Report:
     passes_per_token: float
     extra_prefills: int
     notes: list[str]
+    calibrated: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -92,6 +94,7 @@ class Report:
             "passes_per_token": self.passes_per_token,
             "extra_prefills": self.extra_prefills,
             "notes": self.notes,
+            "calibrated": self.calibrated,
         }
 
 
@@ -106,6 +109,10 @@ def build(session: Session) -> Report:
             table[n][0] += fired
             table[n][1] += considered
             by_layer[n].append(Fired(fired, considered))
+    if session.steering is not None and session.steering.tower_fired is not None:
+        for n, (fired, considered) in enumerate(session.steering.tower_fired.tolist()):
+            table[n][0] += fired
+            table[n][1] += considered
     if session.mixed is not None:
         changed, seen = session.mixed.tolist()
         table[session.mix_owner][0] += changed
@@ -125,6 +132,7 @@ def build(session: Session) -> Report:
         passes_per_token=float(session.expander.rows.count if session.expander is not None else 1),
         extra_prefills=session.extra_passes,
         notes=notes,
+        calibrated=session.calibrated,
     )
 
 

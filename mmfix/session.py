@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfix import features, hidden
+from mmfix import hidden
+from mmfix import prefix as prefixes
 from mmfix import spans as token_spans
 from mmfix.branches import Mix, trimmed
 from mmfix.branches import Rows as BranchRows
@@ -22,14 +23,19 @@ from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.inputs import Inputs
-from mmfix.layers import LayerState
+from mmfix.layers import LayerState, tells_rows_apart
+from mmfix.measuring import Measuring
 from mmfix.method import Method
+from mmfix.overlooking import Overlooking
 from mmfix.positions import rewriting, rewritten, with_positions
+from mmfix.readouts import Readouts
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
+from mmfix.steerer import Steering
 from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
+from mmfix.watch import TowerWatch
 from mmfix_kernels import Rows
 
 # A first prompt; a further piece of it, or a further turn, on the same cache; generated tokens; the last pass without a
@@ -64,6 +70,8 @@ class Session:
         self.image_mask: Tensor | None = None
         self.vision: Vision | None = None
         self.expander: Expander | None = None
+        self.overlooking: Overlooking | None = None
+        self.readouts: Readouts | None = None
         self.expanding = False  # whether the prompt at hand runs with branches
         self.mix: Mix | None = None
         self.mix_owner = 0
@@ -71,6 +79,9 @@ class Session:
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
+        watches = any(m.tower_layers(len(family.tower_attentions)) for m in methods)
+        self.watch = TowerWatch(family, methods) if watches else None
+        self.received_layers = {n for n in layers for m in methods if m.wants_received(n, family.num_layers)}
         self.layers = [LayerState(n, self) for n in layers]
         self.scales_hidden = any(m.hidden_scale(n) is not None for n in layers for m in methods)
         self.talk: Conversation | None = None
@@ -79,7 +90,9 @@ class Session:
         self.current = Pass()
         self._shared: weakref.ref[Any] | None = None
         self.text_only: TextOnly | None = None
+        self.measuring: Measuring | None = None
         self.notes: list[str] = []
+        self.calibrated: dict[str, Any] = {}
         self.prompts = 0
         self.passes = 0
         self.extra_passes = 0
@@ -91,6 +104,8 @@ class Session:
         self._step_first: dict[Rows, int] = {}
         self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
+        self.steering = Steering.of(self)
+        self.comparing = False  # whether a plain pass of the prompt runs, for methods that compare its states
 
     @property
     def spans(self) -> TokenSpans | None:
@@ -100,6 +115,13 @@ class Session:
         """Whether hooks on this decoder layer are needed."""
         replay = bool(self.head_layers) and layer <= max(self.head_layers)
         return replay or layer in self.sink_layers
+
+    @property
+    def whole(self) -> bool:
+        """Whether some method looks at whole prompts, so that no part of one may run ahead of the rest."""
+        asked = (self.sink_layers, self.head_layers, self.received_layers, self.watch, self.positions)
+        steers = self.steering is not None and self.steering.whole
+        return any(asked) or self.scales_hidden or steers or any(m.masks for m in self.methods)
 
     @property
     def rows_per_prompt(self) -> int:
@@ -135,6 +157,8 @@ class Session:
                 "methods that combine logits have no loss; leave labels out and compute it from the logits"
             )
         given = Inputs.read((), kwargs)
+        if self.readouts is not None:
+            self.readouts.keep = kwargs.get("logits_to_keep", 0)
         kind = self._kind(given)
         self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0
@@ -154,7 +178,11 @@ class Session:
                 "prompt at once (no prefill_chunk_size)"
             )
         expanded = None
-        prefix, kwargs = self._prefix(given, kwargs, length) if kind == "prompt" else (0, kwargs)
+        if kind == "prompt" and self.branching is not None and self.branching.measures:
+            kwargs = self._measure(given, kwargs, length)
+        prefix = 0
+        if kind == "prompt" and prefixes.worthwhile(self, given, kwargs):
+            prefix, kwargs = prefixes.compute(self, given, kwargs, length)
         if self.branching is not None:
             expanded = self.branching.expand(given, kwargs, self.image_mask, length, kind != "step", prefix)
             length += self.branching.longer if kind != "step" else 0
@@ -166,18 +194,18 @@ class Session:
         self.current = Pass(prefill, given.past, given.past + given.length, length if prefill else 0, single=single)
         self.current.at_prompt = kind in ("prompt", "again")
         if prefill:
-            self._prompt(given, expanded or kwargs, kind == "piece")
+            self.read_prompt(given, expanded or kwargs, kind == "piece")
             if kind == "prompt":
                 self._cache = None if given.cache is None else weakref.ref(given.cache)
         else:
             self._step(given)
         if prefix:
             assert expanded is not None
-            expanded = _cut(expanded, slice(prefix, None), slice(None))
+            expanded = prefixes.part(expanded, slice(prefix, None), slice(None))
             self.current.past, self.current.length = prefix, length - prefix
             given = Inputs.read((), expanded)
         self.seen = self.current.total
-        self._rows(given.like.shape[0], given.length)
+        self.read_rows(given.like.shape[0], given.length)
         if self.positions is not None:
             expanded = self._rewrite(given, expanded if expanded is not None else kwargs)
         self.active = True
@@ -185,74 +213,28 @@ class Session:
             return ((), kwargs) if args else None
         return (), expanded
 
+    def _measure(self, given: Inputs, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+        """Where the last row of each prompt looks, by a plain pass ahead; returns the inputs, pictures encoded."""
+        assert self.expander is not None
+        if kwargs.get("pixel_values") is not None:
+            kwargs = self.expander.vision.encode(kwargs)
+        valid = token_spans.padding_mask(kwargs.get("attention_mask"), given.like[:, :length])
+        last = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(-1)
+        alone = kwargs if length == given.length else prefixes.part(kwargs, slice(0, length), slice(0, length))
+        self.measuring = Measuring(self.family, last, self.backend)
+        try:
+            self.expander.maps = self.measuring.run(alone)
+        finally:
+            self.measuring = None
+        self.extra_passes += 1
+        return kwargs
+
     def _rewrite(self, given: Inputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with the positions that a method gives them."""
         assert self.positions is not None
         assert self.spans is not None
         new = rewritten(self.positions, self.spans, self.current.past, given.length)
         return with_positions(kwargs, new, self.spans, self.current.total, self.family.name)
-
-    def _prefix(self, given: Inputs, kwargs: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
-        """Compute the start of the prompt that no branch changes, once per prompt.
-
-        Returns its length, 0 for none, and the inputs with the features of the pictures that come after it.
-
-        It is left alone where a method looks at the whole prompt (sinks, heads, masks), and where the cache or the
-        inputs are not those of ``generate()``.
-        """
-        from mmfix import prefix as prefixes
-
-        whole = (
-            self.scales_hidden
-            or self.sink_layers
-            or self.head_layers
-            or self.positions
-            or any(m.masks for m in self.methods)
-        )
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        plain = (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)) and positions is not None
-        usual = given.kept and given.ids is not None and not self.family.cross_layers
-        usual = usual and not kwargs.get("output_hidden_states")
-        usual = usual and not self.family.bidirectional  # whose first tokens attend to what follows them
-        if self.branching is None or self.branching.rewrite is not None or whole or not plain or not usual:
-            return 0, kwargs
-        if not prefixes.shareable(given.cache):
-            return 0, kwargs
-        self.expanding = False
-        expander = self.expander
-        try:
-            assert expander is not None
-            self.current = Pass(True, 0, length, length)
-            self._prompt(given, kwargs, False)
-            assert self.talk is not None
-            shared = min(prefixes.shared_length(expander.rows.branches, self.talk.spans), length - 1)
-            image = self.talk.spans.image
-            encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            inside = bool(image[:, :shared].any()), bool(image[:, shared:].any())
-            if all(inside) and encoded is None:  # pixels cannot be given to two passes
-                shared, inside = int(image.any(0).int().argmax()), (False, True)
-            self.prompts -= given.like.shape[0]
-            if shared < prefixes.LEAST:
-                return 0, kwargs
-            self.current = Pass(True, 0, shared, shared)
-            self._rows(given.like.shape[0], shared)
-            self.active = True
-            inputs = _cut({**kwargs, "input_ids": given.ids}, slice(0, shared), slice(0, shared))
-            if not inside[0]:
-                inputs = _without_picture(inputs)
-            elif not inside[1]:
-                kwargs = _without_picture(kwargs)
-            else:
-                first, rest = features.parted(encoded, image, shared)
-                inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": first}
-                kwargs = {**kwargs, "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], "image": rest}}
-            self.family.model.forward(**{**inputs, "logits_to_keep": 1})
-        finally:
-            self.expanding, self.active = True, False
-            self.mass_sum, self.mass_layers = None, 0
-        prefixes.share(given.cache, expander.rows.count)
-        self._shared = weakref.ref(given.cache)
-        return shared, kwargs
 
     @property
     def shared(self) -> Any:
@@ -262,17 +244,24 @@ class Session:
     def _unshare(self) -> None:
         """Give the last prompt's cache ordinary layers again."""
         if self.shared is not None:
-            from mmfix import prefix as prefixes
-
             prefixes.unshare(self.shared)
         self._shared = None
+
+    def share(self, cache: Any, count: int) -> None:
+        """Keep what a cache holds once for `count` rows each, until the next prompt."""
+        prefixes.share(cache, count)
+        self._shared = weakref.ref(cache)
 
     def close(self) -> None:
         """At the end of the block: nothing of it stays in caches that live on."""
         self._unshare()
         if self.expander is not None:
             self.expander.restore()
+        if self.overlooking is not None:
+            self.overlooking.close()
         self.talk = self._cache = self._prompt_ids = None
+        if self.steering is not None:
+            self.steering.close()
         for state in self.layers:
             state.close()
 
@@ -305,9 +294,10 @@ class Session:
         longer = ids.shape[0] == prompt.shape[0] and ids.shape[1] > prompt.shape[1]
         return longer and torch.equal(ids[:, : prompt.shape[1]], prompt)
 
-    def _prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
+    def read_prompt(self, given: Inputs, kwargs: dict[str, Any], further: bool) -> None:
         """Spans of a new prompt, or of a further piece of one: the first `length` tokens of the pass."""
         length, past = self.current.length, given.past
+        answered = self.talk is not None and bool(self.talk.steps)
         ids, embeds = (None if x is None else x[:, :length] for x in (given.ids, given.embeds))
         shape = given.like.shape[:2]
         if self.branching is not None:
@@ -317,9 +307,11 @@ class Session:
         width = past + length
         like = given.like.new_empty(shape[0], width)
         valid = token_spans.padding_mask(kwargs.get("attention_mask"), like)
+        before = None
         if further:
             assert self.talk is not None
             self._check_piece(past)
+            before = self.talk.spans.has_image
             self.talk = self.talk.extended(ids, embeds, image, valid, past)
         else:
             self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
@@ -332,6 +324,12 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
+        if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
+            self._check_late_image()
+        if self.watch is not None:
+            self.watch.due = "piece" if further else "prompt"
+        if self.steering is not None:
+            self.steering.prompt(self.talk.spans, given, further, answered, kwargs)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
             self._begin_text_only(kwargs.get("token_type_ids"))
@@ -349,6 +347,16 @@ class Session:
             hidden.refuse_piece(every, "segments see each other whole")
         if not self.talk.steps and self.scales_hidden:
             hidden.refuse_piece(every, "only the last rows of a prompt are changed")
+        if self.received_layers and not self.talk.steps:
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
+                "and this one came in pieces; give it at once (no prefill_chunk_size)"
+            )
+        if not self.talk.steps and self.branching is not None and self.branching.chooses:
+            raise MmfixError(
+                f"{self.methods[self.mix_owner].info.name}: a branch depends on where the prompt's last row looks, and "
+                "the prompt came in pieces; give it at once (no prefill_chunk_size)"
+            )
         if not self.head_layers:
             return
         names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
@@ -361,6 +369,14 @@ class Session:
             raise MmfixError(
                 f"{names or 'a head method'} needs the ids of every token in the cache, and these are unknown (beams, "
                 "or inputs_embeds); give the whole conversation with a fresh cache"
+            )
+
+    def _check_late_image(self) -> None:
+        """Refuse a first image after the first piece, where a method leaves prompts without an image alone."""
+        if any(tells_rows_apart(edit) for state in self.layers for edit in state.edits):
+            raise MmfixError(
+                f"{' and '.join(m.info.name for m in self.methods)}: the prompt's first image came after its first "
+                "piece, which ran as a prompt without one; give it at once (no prefill_chunk_size)"
             )
 
     def _begin_text_only(self, types: Tensor | None) -> None:
@@ -384,6 +400,8 @@ class Session:
             self._ready_steps()
         if given.past:
             self.talk.stepped(given.ids, given.past)
+        if self.steering is not None:
+            self.steering.step(batch)
         for state in self.layers:
             state.step(batch, self.current.total, again=not given.past)
 
@@ -396,7 +414,7 @@ class Session:
         self._step_rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: with_image}
         self._step_first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: after}
 
-    def _rows(self, batch: int, q_len: int) -> None:
+    def read_rows(self, batch: int, q_len: int) -> None:
         """Which rows of this pass each kind of :class:`Rows` touches."""
         spans, current = self.spans, self.current
         assert spans is not None
@@ -423,8 +441,9 @@ class Session:
 
     @property
     def aside(self) -> bool:
-        """Whether the text-only branch is running."""
-        return self.text_only is not None and bool(self.text_only.running)
+        """Whether a pass beside the prompt's own is running: the text-only branch, or one that compares or measures."""
+        beside = self.comparing or self.measuring is not None
+        return beside or (self.text_only is not None and bool(self.text_only.running))
 
     def finish(self, output: Any) -> Any:
         """After a forward pass of the model, also one that raised (without an output): mix the branches' logits.
@@ -450,7 +469,10 @@ class Session:
         rows = BranchRows(()) if self.branching is None else self.branching.rows
         has_image = self.talk.spans.has_image[:: rows.count]
         beyond = self.current.total - self.talk.spans.length
-        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond)
+        beside = None if self.readouts is None else self.readouts.logits
+        output, changed = rows.fold(output, self.mix, has_image, self._asked, beyond, beside)
+        if self.readouts is not None:
+            self.readouts.clear()
         self.mixed = changed if self.mixed is None else self.mixed + changed
         return output
 
@@ -469,26 +491,10 @@ class Session:
             warnings.warn(text, MmfixWarning, stacklevel=2)
 
 
-_PICTURE = ("pixel_values", "mm_encoder_outputs")
-_TOKENS = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
-
-
 def _bound(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments of ``forward`` by name."""
     bound: Any = inspect.signature(model.forward).bind_partial(*args)
     return dict(bound.arguments)
-
-
-def _without_picture(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in _PICTURE}
-
-
-def _cut(kwargs: dict[str, Any], part: slice, mask: slice) -> dict[str, Any]:
-    """Inputs of some of the tokens, with the attention mask of `mask`."""
-    cut = {name: value[..., part] if name in _TOKENS else value for name, value in kwargs.items() if value is not None}
-    if cut.get("attention_mask") is not None:
-        cut["attention_mask"] = cut["attention_mask"][:, mask]
-    return cut
 
 
 def _markers(family: Family, methods: list[Method]) -> Markers | None:

@@ -52,6 +52,15 @@ def attention_map(inputs: dict[str, Any]) -> Tensor:
     return grouped_attention(AttentionCall(**{**inputs, **whole, "value": values})).output
 
 
+def cls_attention(inputs: dict[str, Any]) -> Tensor:
+    """Float32[B, N]: how much the first token of each picture attends to the N others, mean over heads."""
+    query, key = inputs["query"][:, :, :1].float(), inputs["key"].float()
+    call = AttentionCall(**inputs)
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2) * call.factor
+    found: Tensor = scores.softmax(-1).mean(1)[:, 0, 1:]
+    return found
+
+
 def _whole(maps: MapReplacement, inputs: dict[str, Any], backend: str | None) -> Tensor:
     key = inputs["key"]
     labels = torch.full((key.shape[0], key.shape[2]), int(Label.IMAGE), dtype=torch.int8, device=key.device)

@@ -21,6 +21,8 @@ from mmfix import features, tower
 from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
+from mmfix.selection import Outliers
+from mmfix.watch import TowerWatch
 from mmfix_kernels import MapReplacement
 from mmfix_kernels.maps import counter_uniform
 
@@ -53,7 +55,9 @@ class Vision:
         self.looking = False  # whether a look other than the plain one is being taken
         self.editing: VisionEdit | None = None  # its edit of the tower
         self.edited = 0  # attention calls changed in this look
-        self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses
+        self.marking: Outliers | None = None  # what it marks instead of giving features
+        self.watch: TowerWatch | None = None  # what methods see of the plain look
+        self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses; [B, N] for marks
 
     @property
     def needed(self) -> bool:
@@ -61,13 +65,14 @@ class Vision:
 
     @property
     def edits_tower(self) -> bool:
-        """Whether some branch changes the tower itself, not only the picture."""
-        return any(branch.vision is not None for branch in self.branches)
+        """Whether some branch changes, or reads, the tower itself, not only the picture."""
+        return bool(self.parts)
 
     @property
     def parts(self) -> set[str]:
-        """Parts whose attention some branch edits."""
-        return {branch.vision.part for branch in self.branches if branch.vision is not None}
+        """Parts whose attention some branch edits or reads."""
+        read = {"tower" for branch in self.branches if isinstance(branch.select, Outliers)}
+        return read | {branch.vision.part for branch in self.branches if branch.vision is not None}
 
     @property
     def row_looks(self) -> list[int | None]:
@@ -76,12 +81,14 @@ class Vision:
         count = 0
         for branch in self.branches:
             count += branch.looks
-            rows.append(count if branch.looks else 0 if branch.image else None)
+            sees = branch.looks and not isinstance(branch.select, Outliers)  # whose look holds marks
+            rows.append(count if sees else 0 if branch.image else None)
         return rows
 
     def wrapped(self, original: Any) -> Any:
         """``get_image_features`` whose image features hold all looks, side by side in the last axis."""
-        first = next(iter(inspect.signature(original).parameters))
+        names = list(inspect.signature(original).parameters)
+        first = names[0]
 
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -90,21 +97,32 @@ class Vision:
             if self.looking or not asked or not hasattr(output, "pooler_output"):
                 return output
             pixels, rest = (args[0], args[1:]) if args else (kwargs.pop(first), ())
-            return features.pack([output, *self.looks(lambda changed: original(changed, *rest, **kwargs), pixels)])
+            grids = {**dict(zip(names, args, strict=False)), **kwargs}.get("image_grid_thw")
+            lengths = None if grids is None else grids.prod(-1).tolist()
+            looks = self.looks(lambda changed: original(changed, *rest, **kwargs), pixels, lengths)
+            return features.pack([output, *looks])
 
         return get_image_features
 
-    def looks(self, encode: Callable[[Tensor], Any], pixels: Tensor) -> list[Any]:
-        """What `encode`, a pass of the tower over `pixels`, returns for each branch that looks anew."""
-        return [self._look(branch, encode, pixels) for branch in self.branches if branch.looks]
+    def looks(self, encode: Callable[[Tensor], Any], pixels: Tensor, lengths: list[int] | None = None) -> list[Any]:
+        """What `encode`, a pass of the tower over `pixels`, returns for each branch that looks anew.
+
+        Args:
+            lengths: of packed patches, how many every picture has.
+        """
+        changed = [branch.pixels(pixels, lengths) if branch.pixels else pixels for branch in self.branches]
+        looking = [(branch, seen) for branch, seen in zip(self.branches, changed, strict=True) if branch.looks]
+        return [self._look(branch, encode, seen) for branch, seen in looking]
 
     def _look(self, branch: Branch, encode: Callable[[Tensor], Any], pixels: Tensor) -> Any:
-        if branch.pixels is not None:
-            pixels = branch.pixels(pixels)
         edit = branch.vision
+        self.marking = branch.select if isinstance(branch.select, Outliers) else None
         self.looking, self.editing, self.captured, self.edited = True, edit, None, 0
-        projector = _projector(self.family) if edit is not None and edit.variant == "release" else None
-        handle = projector.register_forward_pre_hook(self._scale_features) if projector is not None else None
+        handle = None
+        if self.marking is not None:
+            handle = _projector(self.family).register_forward_hook(self._mark_features)
+        elif edit is not None and edit.variant == "release":
+            handle = _projector(self.family).register_forward_pre_hook(self._scale_features)
         try:
             output = encode(pixels)
             if edit is not None and not self.edited:
@@ -114,14 +132,18 @@ class Vision:
                 )
             return output
         finally:
-            self.looking, self.editing = False, None
+            self.looking, self.editing, self.marking = False, None, None
             if handle is not None:
                 handle.remove()
 
     def attend(self, state: TowerState, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""
         edit = self.editing
+        if self.watch is not None and state.part == "tower" and not self.looking:
+            self.watch.see(state.layer, inputs)
         layers = len(self.family.looking(state.part))
+        if self.marking is not None and state.part == "tower" and state.layer == self.marking.layer % layers:
+            self.captured = tower.cls_attention(inputs)
         if edit is None or edit.part != state.part or not any(state.layer == layer % layers for layer in edit.layers):
             return tower.plain(inputs, self.backend).transpose(1, 2).contiguous(), None
         self.edited += 1
@@ -144,18 +166,52 @@ class Vision:
         weights = release_weights(release_map(self.editing.maps, self.captured), values.shape[1])
         return (values * weights[..., None].to(values.dtype), *args[1:])
 
-    def take_apart(self, outputs: dict[str, Any], image: Tensor) -> dict[str, Any]:
+    def _mark_features(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Marks in place of the features that leave the projector: they take the features' way to the prompt."""
+        assert self.marking is not None
+        if self.captured is None or output.ndim != 3 or output.shape[:2] != self.captured.shape:
+            patches = "no attention" if self.captured is None else f"{tuple(self.captured.shape)} patches"
+            raise UnsupportedModel(
+                f"{self.family.name}: {patches} of the tower and features {tuple(output.shape)} for the language model "
+                "do not match one to one, so tokens cannot be chosen by the tower's attention; use another method"
+            )
+        return self.marking(self.captured)[..., None].to(output.dtype).expand_as(output).contiguous()
+
+    @property
+    def _looks(self) -> int:
+        """Looks that are packed side by side."""
+        return 1 + sum(branch.looks for branch in self.branches)
+
+    def kept(self, outputs: dict[str, Any], image: Tensor) -> Tensor | None:
+        """Bool[B*R, T]: image tokens that the rows keep, from the marks among packed features; None for all.
+
+        Args:
+            image: Bool[B, T], image tokens of the prompts.
+        """
+        if not any(isinstance(branch.select, Outliers) for branch in self.branches):
+            return None
+        rows, look = [image], 0
+        for branch in self.branches:
+            look += branch.looks
+            marks = isinstance(branch.select, Outliers)
+            rows.append(features.marked(outputs["image"], image, self._looks, look) if marks else image)
+        return torch.stack(rows, dim=1).flatten(0, 1)
+
+    def take_apart(
+        self, outputs: dict[str, Any], image: Tensor, kept: Tensor | None = None, blank: Tensor | None = None
+    ) -> dict[str, Any]:
         """Image features for expanded rows.
 
         Args:
             outputs: ``mm_encoder_outputs`` with packed features.
             image: Bool[B, T], image tokens of the prompts.
+            kept: Bool[B*R, T], those that stay in each row; None for all.
+            blank: Bool[B*R, T], those whose features are zero; None for none.
 
         Returns:
             A copy whose images follow the rows ``b*R + r``; rows without an image have none.
         """
-        count = 1 + sum(branch.looks for branch in self.branches)
-        found = features.take_apart(outputs["image"], image, count, self.row_looks)
+        found = features.take_apart(outputs["image"], image, self._looks, self.row_looks, kept, blank)
         return {**outputs, "image": found}
 
     def encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:

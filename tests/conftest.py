@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -26,3 +27,10 @@ def shared() -> Path:
 def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that forgets what the test registers."""
+    module = importlib.import_module("mmfix.method")  # the package's attribute of that name is a function
+    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))

@@ -12,7 +12,7 @@ import mmfix
 from mmfix import Method
 from mmfix.errors import MethodError
 
-Kind = Literal["number", "whole", "switch", "choice", "text"]
+Kind = Literal["number", "whole", "switch", "choice", "list", "words"]
 WIDE = 10_000.0
 """A range wider than this gets a number box, not a slider."""
 
@@ -59,19 +59,33 @@ NONE = "none"
 
 
 def of(method: Method) -> list[Control]:
-    """The controls of a method, in the order of its fields."""
+    """The controls of a method, in the order of its fields.
+
+    A text has one only if the method gives an example of it: file names and the like are not a visitor's to choose.
+    """
     hints = typing.get_type_hints(type(method))
     found = []
     for field in dataclasses.fields(method):
-        info = method.info.params.get(field.name)
-        low, high, text = (info.low, info.high, info.help) if info else (None, None, "")
-        kind, choices = _kind(hints.get(field.name, Any), field.default)
-        value = _shown(getattr(method, field.name), kind)
-        found.append(Control(method.info.name, field.name, kind, text, low, high, choices, value))
+        info = method.info.params[field.name]
+        kind, choices = _kind(hints[field.name])
+        value = getattr(method, field.name)
+        if kind == "words":
+            if info.example is None:
+                continue
+            value = info.example if value is None else value
+        shown = _shown(value, kind)
+        found.append(Control(method.info.name, field.name, kind, info.help, info.low, info.high, choices, shown))
     return found
 
 
-def _kind(hint: Any, default: Any) -> tuple[Kind, tuple[str, ...]]:
+def started(model: Any, name: str) -> Method:
+    """A method as its controls first show it: calibrated for the model, with the example of what has no default."""
+    base = mmfix.calibrated(model, name)
+    examples = {c.name: c.value for c in of(base) if c.kind == "words" and getattr(base, c.name) is None}
+    return mmfix.calibrated(model, name, **examples) if examples else base
+
+
+def _kind(hint: Any) -> tuple[Kind, tuple[str, ...]]:
     options = _literals(hint)
     if options:
         return "choice", tuple(NONE if option is None else str(option) for option in options)
@@ -83,7 +97,7 @@ def _kind(hint: Any, default: Any) -> tuple[Kind, tuple[str, ...]]:
         return "whole", ()
     if not optional and plain == [float]:
         return "number", ()
-    return "text", ()
+    return ("words" if str in plain else "list"), ()
 
 
 def _literals(hint: Any) -> list[Any]:
@@ -98,7 +112,7 @@ def _literals(hint: Any) -> list[Any]:
 def _shown(value: Any, kind: Kind) -> Any:
     if kind == "choice":
         return NONE if value is None else str(value)
-    if kind == "text":
+    if kind in ("list", "words"):
         return "" if value is None else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return value
 
@@ -125,15 +139,15 @@ def read(control: Control, given: Any) -> Any:
                 raise MethodError(f"{control.label}: give a whole number")
             return int(given)
         return float(given)
-    return _read_text(control, given)
-
-
-def _read_text(control: Control, given: Any) -> Any:
     text = "" if given is None else str(given).strip()
-    if not text:
-        return None
     if len(text) > 200:
         raise MethodError(f"{control.label}: at most 200 characters")
+    return (text or None) if control.kind == "words" else _read_list(control, text)
+
+
+def _read_list(control: Control, text: str) -> Any:
+    if not text:
+        return None
     try:
         value = ast.literal_eval(text if text[0] in "([" else f"({text},)")
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:

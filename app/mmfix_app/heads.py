@@ -6,43 +6,18 @@ At the last position of the prompt, which chooses the first word of the answer, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
-import mmfix
-from mmfix import Method, MethodInfo, Site
-from mmfix.recording import record_attention
+from mmfix.headscores import look
 from mmfix_app.markup import packed, percent
 from mmfix_app.pictures import data_uri
 from mmfix_decoding import Decoder, prompts
 from mmfix_decoding.grids import raster
-from mmfix_kernels import HeadScale
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Probe(Method):
-    """Measures vision-aware head divergence in every layer, and changes nothing.
-
-    ``VHD_i = || A_i(image, text) - A_i(text) ||_2`` (arXiv:2412.13949), A_i the head's output at the last position.
-    """
-
-    info: ClassVar[MethodInfo] = MethodInfo(
-        "probe", "Head probe", "arXiv:2412.13949", "head scale", 1.0, False, {}, Method
-    )
-    found: dict[int, Tensor] = field(default_factory=dict)
-
-    def wants_heads(self, layer: int, num_layers: int) -> bool:
-        return True
-
-    def head_scale(self, site: Site, heads: Tensor, text_only: Tensor) -> HeadScale:
-        self.found[site.layer] = (heads.float() - text_only.float()).norm(dim=-1)[0]
-        return HeadScale(scale=torch.ones(heads.shape[:2], device=heads.device))
 
 
 @dataclass(frozen=True)
@@ -67,20 +42,10 @@ def measure(decoder: Decoder, image: Image.Image, prompt: str) -> HeadMaps:
     """
     request = prompts.single(image, prompt).load()
     grids = decoder.image_grids(image, prompt)
-    probe = Probe()
-    with decoder.exclusive(), torch.no_grad():
-        inputs = prompts.encode([request], decoder.processor, decoder.model)
-        with (
-            mmfix.mitigate(decoder.model, probe, telemetry=True),
-            record_attention(decoder.model) as recorder,
-        ):
-            decoder.model(**inputs)
-            weights = recorder.weights()
-        image_token = mmfix.describe(decoder.model).image_token_id
-        positions = (inputs["input_ids"][0] == image_token).nonzero().flatten()
-    assert weights is not None
-    on_image = weights[:, 0].index_select(-1, positions).cpu().numpy()  # [layers, heads, image tokens]
-    divergence = torch.stack([probe.found[n] for n in range(len(on_image))]).cpu().numpy()
+    with decoder.exclusive():
+        found = look(decoder.model, prompts.encode([request], decoder.processor, decoder.model))
+    on_image = found.weights[:, 0, :, found.image[0]].cpu().numpy()  # [layers, heads, image tokens]
+    divergence = found.divergence[:, 0].cpu().numpy()
     maps = [[found for head in layer if (found := raster(head, grids)) is not None] for layer in on_image]
     return HeadMaps(on_image.sum(-1), divergence, maps if grids else [])
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import mmfix
 from mmfix import Method
+from mmfix.engine import described
 from mmfix.errors import MethodError, MmfixError, UsageError
-from mmfix.segments import chat_markers
 from mmfix_app import controls, gallery
 from mmfix_app.limits import Limits
 from mmfix_decoding import Decoder, TokenEvent
@@ -150,12 +150,8 @@ class Service:
 
     @cached_property
     def family(self) -> mmfix.Family:
-        """The model as methods see it, with the markers of its chat template."""
-        try:
-            markers = chat_markers(self.decoder.processor)
-        except MmfixError:
-            markers = None
-        return replace(mmfix.describe(self.model), markers=markers)
+        """The model as methods see it, with what its processor tells."""
+        return described(self.model, self.decoder.processor)
 
     @cached_property
     def methods(self) -> list[str]:
@@ -163,7 +159,7 @@ class Service:
         found = []
         for name in mmfix.methods():
             try:
-                mmfix.calibrated(self.model, name).prepare(self.family)
+                controls.started(self.model, name).prepare(self.family)
             except MmfixError:
                 continue  # such as VAR without sink dimensions
             found.append(name)

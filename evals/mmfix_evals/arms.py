@@ -1,11 +1,13 @@
-"""The methods of a run: ``greedy``, a name, ``name:field=value,…``, several joined by ``+``."""
+"""The methods of a run: ``greedy``, a name, ``name:field=value``, several joined by ``+``; ``@all``, ``@contrast``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
 
 BASELINE = "greedy"
@@ -67,6 +69,53 @@ def resolve(text: str, model: Any = None) -> Arm:
             parsed = mmfix.calibrated(model, parsed.info.name, **{name: getattr(parsed, name) for name in given})
         methods.append(parsed)
     return Arm(text, tuple(methods), tuple(mmfix.spec(method) for method in methods))
+
+
+def members(text: str) -> tuple[str, ...]:
+    """The methods that a word with ``@`` stands for; any other word stands for itself.
+
+    ``@all`` is greedy and every registered method; ``@contrast``, ``@score-edit`` and so on are those of one kind.
+    """
+    import mmfix
+
+    if not text.startswith("@"):
+        return (text,)
+    kinds: dict[str, list[str]] = {"all": [BASELINE]}
+    for name, info in mmfix.methods().items():
+        kinds["all"].append(name)
+        kinds.setdefault(info.kind.replace(" ", "-"), []).append(name)
+    if text[1:] not in kinds:
+        raise UsageError(unknown("group of methods", text, [f"@{kind}" for kind in sorted(kinds)]))
+    return tuple(kinds[text[1:]])
+
+
+def expand(texts: Sequence[str]) -> dict[str, bool]:
+    """Every method that some words of ``--methods`` stand for, once, and whether it was named itself."""
+    found = {name: False for text in texts for name in members(text)}
+    return {name: named or name in texts for name, named in found.items()}
+
+
+def choose(texts: Sequence[str], decoder: Any) -> tuple[list[Arm], dict[str, str]]:
+    """The arms for a decoder, and the members of groups that cannot run on it with the reason.
+
+    A method that was named itself is never left out: what it lacks is an error when it runs.
+    """
+    import mmfix
+    from mmfix.errors import MmfixError
+
+    model = getattr(decoder, "model", None)
+    arms, left_out = [], {}
+    for text, named in expand(texts).items():
+        arm = resolve(text, model)
+        if not named and model is not None and arm.methods:
+            try:
+                with mmfix.mitigate(model, list(arm.methods), processor=decoder.processor):
+                    pass
+            except MmfixError as problem:
+                left_out[text] = str(problem)
+                continue
+        arms.append(arm)
+    return arms, left_out
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:

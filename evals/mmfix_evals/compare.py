@@ -10,6 +10,7 @@ from typing import Any
 from mmfix_evals.arms import BASELINE
 from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
+from mmfix_evals.length_matched import matched_entries, matches
 from mmfix_evals.results import Run, open_run
 from mmfix_evals.samples import Sample
 from mmfix_evals.scoring import Answers, Settings, difference_entries, holm
@@ -29,14 +30,25 @@ class Comparison:
         entries: as ``comparisons`` in ``results.json``; across runs with ``run`` and ``baseline_run``.
         warnings: what differs without making the comparison meaningless.
         notes: what was left out.
+        matched: the entries are those of captions cut to equal length.
     """
 
     entries: list[Entry]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    matched: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        return {"comparisons": self.entries, "warnings": self.warnings, "notes": self.notes}
+        name = "length_matched" if self.matched else "comparisons"
+        return {name: self.entries, "warnings": self.warnings, "notes": self.notes}
+
+    def add(self, a: Answers, b: Answers, pairs: Sequence[tuple[str, str]], settings: Settings, **more: Any) -> None:
+        """Enter the differences of some pairs of methods, ``more`` standing in each of them."""
+        if not self.matched:
+            found = difference_entries(a, b, pairs, settings)
+        else:
+            found = matched_entries(a, b, pairs, settings) if matches(a) else []
+        self.entries += [{**entry, **more} for entry in found]
 
 
 def compare(
@@ -47,6 +59,7 @@ def compare(
     intersect: bool = False,
     other_prompts: bool = False,
     settings: Settings | None = None,
+    match_length: bool = False,
 ) -> Comparison:
     """Compare the methods of one run with its baseline, or several runs with the first one.
 
@@ -57,36 +70,33 @@ def compare(
         intersect: across runs, compare the documents that both have instead of refusing.
         other_prompts: across runs, let the prompts differ, because they are what is compared.
         settings: bootstrap; default: that of the first run.
+        match_length: compare captions cut to equal length; see :mod:`mmfix_evals.length_matched`.
 
     Raises:
         ComparisonError: data, documents, pictures, prompts or scoring rules differ.
-        UsageError: no such baseline, or nothing in common.
+        UsageError: no such baseline, nothing in common, or no captions whose length could be matched.
     """
     runs = [open_run(folder) for folder in folders]
     chosen = settings or runs[0].settings()
+    found = Comparison([], [run.warning for run in runs if run.warning], matched=match_length)
     if len(runs) == 1:
-        return _within(runs[0], baseline, parser, chosen)
-    found = Comparison([])
-    for run in runs:
-        if run.warning:
-            found.warnings.append(run.warning)
+        _within(runs[0], baseline, parser, chosen, found)
     for other in runs[1:]:
         _across(runs[0], other, parser, (intersect, other_prompts), chosen, found)
+    if match_length and not found.entries:
+        raise UsageError(f"{runs[0].folder}: no captions to match in length; run a CHAIR task with two methods")
     found.entries = holm(found.entries)
     return found
 
 
-def _within(run: Run, baseline: str, parser: str | None, settings: Settings) -> Comparison:
+def _within(run: Run, baseline: str, parser: str | None, settings: Settings, found: Comparison) -> None:
     if baseline not in run.methods:
         raise UsageError(f"{run.folder}: {unknown('baseline method', baseline, run.methods)}")
     if len(run.methods) < 2:
         raise UsageError(f"{run.folder} holds one method only ({baseline}): give a second run folder to compare with")
-    entries = []
     for one in run.answers(parser):
         if baseline in one.by_method:
-            pairs = [(baseline, method) for method in one.by_method if method != baseline]
-            entries += difference_entries(one, one, pairs, settings)
-    return Comparison(holm(entries), warnings=[run.warning] if run.warning else [])
+            found.add(one, one, [(baseline, method) for method in one.by_method if method != baseline], settings)
 
 
 def _across(
@@ -113,8 +123,7 @@ def _across(
             if not other_prompts:
                 _check_prompts(a, b, one, other, pairs)
         found.warnings += _milder_differences(a, b, name)
-        for entry in difference_entries(one, other, pairs, settings):
-            found.entries.append({**entry, "baseline_run": str(a.folder), "run": str(b.folder)})
+        found.add(one, other, pairs, settings, baseline_run=str(a.folder), run=str(b.folder))
 
 
 def _pairs(a: Run, b: Run, one: Answers, other: Answers) -> list[tuple[str, str]]:

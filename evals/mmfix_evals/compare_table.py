@@ -19,7 +19,7 @@ def sections(comparison: Comparison, every_metric: bool = False) -> list[tables.
         if metric.headline or every_metric:
             key = (entry.get("baseline_run", ""), entry.get("run", ""), entry["task"], entry["split"])
             found.setdefault(key, []).append(tables.Row(_cells(entry), tables.gain(metric, entry)))
-    return [tables.Section(_title(*key), rows) for key, rows in found.items()]
+    return [tables.Section(title(*key), rows) for key, rows in found.items()]
 
 
 def _rank(entry: dict[str, Any]) -> int:
@@ -27,7 +27,7 @@ def _rank(entry: dict[str, Any]) -> int:
     return [metric.name for metric in tasks.get(entry["task"]).metrics].index(entry["metric"])
 
 
-def _title(baseline_run: str, run: str, task: str, split: str) -> str:
+def title(baseline_run: str, run: str, task: str, split: str) -> str:
     where = f"{run} - {baseline_run}: " if run else ""
     return f"{where}{task} / {'mean of the splits' if split == MACRO else split}"
 
@@ -37,9 +37,13 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
     difference, spread, holm = tables.difference_cells(metric, entry)
     test = entry.get("mcnemar")
     pairs = (str(test["b"]), str(test["c"]), tables.p_value(test["p"])) if test else (tables.NONE,) * 3
+    return (entry["metric"], pair(entry), difference, spread, tables.p_value(entry["p"]), holm, *pairs)
+
+
+def pair(entry: dict[str, Any]) -> str:
+    """What an entry is about: the method; across runs with the baseline, where that is another one."""
     same = entry["method"] == entry["baseline"] or "run" not in entry
-    name = entry["method"] if same else f"{entry['method']} - {entry['baseline']}"
-    return (entry["metric"], name, difference, spread, tables.p_value(entry["p"]), holm, *pairs)
+    return str(entry["method"]) if same else f"{entry['method']} - {entry['baseline']}"
 
 
 def footnotes(comparison: Comparison) -> list[str]:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".model", ".txt", ".jinja")
+NOT_THE_MODELS = (
+    "mmfix-vti.safetensors",
+)  # steering directions: a parameter of one method, with a provenance of its own
 
 
 def fingerprint(decoder: Any) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def folder_sha256(folder: Path) -> str:
     """Hash over the names and contents of a model folder's own files."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.is_file():
+        if path.suffix in SUFFIXES and path.name not in NOT_THE_MODELS and path.is_file():
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             total.update(f"{path.name}\0{content}\n".encode())

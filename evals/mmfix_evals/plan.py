@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RunConfig:
         batch_size: prompts per batch, or ``"auto"``.
         device_map: as in ``from_pretrained`` of transformers, for a model larger than one device.
         engine, workers: ``"ray"`` and the number of its actors; 0: one per device.
+        data: folder with the files of benchmarks; None: see :func:`mmfix_evals.tasks.data.root`.
     """
 
     model: str
@@ -52,6 +54,7 @@ class RunConfig:
     shard: Shard = field(default_factory=Shard)
     engine: str = "local"
     workers: int = 0
+    data: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -74,6 +77,8 @@ class RunConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 0 or more")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give a number of 1 or more")
+        if self.data is not None and not self.data.is_dir():
+            raise UsageError(f"--data {self.data}: no such folder; give the one that the files of benchmarks lie in")
         if not self.tasks:
             raise UsageError("no task given: use for instance --tasks tinyworld-pope,tinyworld-chair")
         for name in self.tasks:
@@ -152,14 +157,37 @@ def data_hashes(task: Task, documents: list[Document], image_sha256: dict[str, s
     return {"documents_sha256": digest(listed), "images_sha256": digest(list(image_sha256.items()))}
 
 
-def plan(config: RunConfig, model: dict[str, Any]) -> list[TaskPlan]:
-    """Draw up every task of a run for a model with the given fingerprint."""
-    return [_plan_task(config, get_task(name), model) for name in dict.fromkeys(config.tasks)]
+@dataclass(frozen=True)
+class Asked:
+    """What a task asks, whichever model answers: its documents, and picture name → hash of its pixels."""
+
+    task: Task
+    documents: list[Document]
+    image_sha256: dict[str, str]
 
 
-def _plan_task(config: RunConfig, task: Task, model: dict[str, Any]) -> TaskPlan:
-    documents = task.documents(config.split, config.limit, config.world_seed)
-    images = {name: task.image_sha256(name) for name in dict.fromkeys(d.image for d in documents)}
+def read_tasks(config: RunConfig) -> list[Asked]:
+    """Read the data of every task of a run. Needs no model, so that a missing file is said before one is loaded.
+
+    Raises:
+        DataError: files or pictures are missing or damaged; says which, and where they come from.
+    """
+    found = []
+    for name in dict.fromkeys(config.tasks):
+        task = get_task(name)
+        documents = task.documents(config.split, config.limit, config.world_seed)
+        images = {image: task.image_sha256(image) for image in dict.fromkeys(d.image for d in documents)}
+        found.append(Asked(task, documents, images))
+    return found
+
+
+def plan(config: RunConfig, model: dict[str, Any], asked: Sequence[Asked] | None = None) -> list[TaskPlan]:
+    """Draw up every task of a run for a model with the given fingerprint; ``asked`` of :func:`read_tasks`."""
+    return [_plan_task(config, one, model) for one in (read_tasks(config) if asked is None else asked)]
+
+
+def _plan_task(config: RunConfig, asked: Asked, model: dict[str, Any]) -> TaskPlan:
+    task, documents, images = asked.task, asked.documents, asked.image_sha256
     tokens = config.max_new_tokens or task.max_new_tokens
     generation = {"do_sample": False, "max_new_tokens": tokens, **config.gen_kwargs}
     protocol = {

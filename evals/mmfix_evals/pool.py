@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mmfix_evals import machine
-from mmfix_evals.arms import Arm, resolve
+from mmfix_evals.arms import Arm, choose
 from mmfix_evals.fingerprint import fingerprint
 from mmfix_evals.plan import RunConfig, TaskPlan
 from mmfix_evals.samples import Sample
@@ -34,6 +34,7 @@ class Loaded:
 
     Attributes:
         arms: methods with what is calibrated for the model.
+        left_out: members of a group of methods that cannot run on this model → the reason.
         identity: of the model's files; part of every sample's key.
         dtype, device: of its parameters.
         machine: see :func:`mmfix_evals.machine.machine`.
@@ -44,6 +45,7 @@ class Loaded:
     dtype: str
     device: str
     machine: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class Pool(Protocol):
@@ -90,10 +92,11 @@ def load(config: RunConfig, load_: Load) -> tuple[Worker, Loaded]:
     """Load the model, resolve the methods for it."""
     decoder = load_(config)
     model = getattr(decoder, "model", None)
-    arms = [resolve(text, model) for text in config.methods]
+    arms, left_out = choose(config.methods, decoder)
     device = str(getattr(model, "device", "cpu"))
     dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    return Worker.build(decoder, arms), Loaded(arms, fingerprint(decoder), dtype, device, machine.machine(device))
+    loaded = Loaded(arms, fingerprint(decoder), dtype, device, machine.machine(device), left_out)
+    return Worker.build(decoder, arms), loaded
 
 
 class LocalPool:

@@ -46,10 +46,11 @@ class Member:
     """
 
     def __init__(self, config: RunConfig, load_: Load, tasks: dict[str, Any]) -> None:
-        from mmfix_evals.tasks import base
+        from mmfix_evals.tasks import base, data
 
         base._TASKS.update({name: task for name, task in tasks.items() if name not in base._TASKS})
         self.config, self.load = config, load_
+        data.below(config.data).__enter__()  # for as long as the actor lives
 
     def describe(self) -> Loaded:
         self.worker, loaded = load(self.config, self.load)

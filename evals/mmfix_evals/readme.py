@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import tables
+from mmfix_evals import length_table, method_pages, tables
 from mmfix_evals.bench.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,19 +31,6 @@ COLUMNS = (
     ("CHAIR_i ↓", "tinyworld-chair", "test", "chair_i"),
     ("recall", "tinyworld-chair", "test", "recall"),
 )
-
-
-def methods_table() -> str:
-    """One line per registered method."""
-    import mmfix
-
-    lines = ["| name | method | paper | kind | passes per token |", "| --- | --- | --- | --- | --- |"]
-    for name, info in mmfix.methods().items():
-        identifier = info.paper.removeprefix("arXiv:")
-        paper = f"[{identifier}](https://arxiv.org/abs/{identifier})" if info.paper.startswith("arXiv:") else info.paper
-        trained = " (trained in the paper; used here without training)" if info.trained_in_paper else ""
-        lines.append(f"| `{name}` | {info.title}{trained} | {paper} | {info.kind} | {info.passes:g} |")
-    return "\n".join(lines)
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -116,12 +103,17 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def _tables(results: dict[str, Any]) -> str:
+    """Every metric; then, where the record holds captions of two methods, CHAIR at equal length."""
+    return "\n".join(filter(None, (tables.markdown(results, True), length_table.markdown(results))))
+
+
 def generated() -> dict[Path, str]:
     """Every generated text file and its content."""
     results = json.loads((ROOT / RECORD / "results.json").read_text())
     example = json.loads((ROOT / EXAMPLE).read_text())
     readme = (ROOT / "README.md").read_text()
-    readme = fill(readme, "methods", methods_table())
+    readme = fill(readme, "methods", method_pages.by_kind(str(method_pages.FOLDER)))
     notes = " ".join(tables.footnotes(results))
     more = f"{notes} [All metrics]({FULL_TABLE}).{rarely_fired(results)}"
     readme = fill(readme, "results", f"{results_table(results)}\n\n{more}")
@@ -130,13 +122,15 @@ def generated() -> dict[Path, str]:
     readme = fill(
         readme, "speed", f"{speed.splitlines()[-1]} On a CPU, beside their peers: [docs/speed.md](docs/speed.md)."
     )
-    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{tables.markdown(results, True)}\n"
+    full = f"# Results on TinyWorld\n\nGenerated from `{RECORD}/results.json`.\n\n{_tables(results)}\n"
     every = ROOT / METHODS_RECORD / "results.json"
-    if every.is_file():
+    record = json.loads(every.read_text()) if every.is_file() else None
+    if record is not None:
         full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
-        full += f"{tables.markdown(json.loads(every.read_text()), True)}\n"
+        full += f"{_tables(record)}\n"
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
-    return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced}
+    pages = method_pages.pages(record, f"{METHODS_RECORD}/results.json", method_pages.families())
+    return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages}
 
 
 def make_example(method: str = "vhr", images: int = 100) -> None:
@@ -194,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path} is not up to date; run `make readme`", file=sys.stderr)
         return 1 if stale else 0
     for path, text in generated().items():
+        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / path).write_text(text)
     return 0
 

@@ -10,7 +10,7 @@ from mmfix_evals.results import merge, open_run, score
 
 
 def rescore(folder: Path, parser: str | None = None) -> dict[str, Any]:
-    """``metrics``, ``comparisons`` and ``speed`` as in ``results.json``, to the same digits.
+    """``metrics``, ``comparisons``, ``length_matched`` and ``speed`` as in ``results.json``, to the same digits.
 
     Args:
         folder: run directory.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmfix_evals import files, samples, tasks
 from mmfix_evals.arms import BASELINE
 from mmfix_evals.errors import DataError, UsageError
+from mmfix_evals.length_matched import matched_entries, matches
 from mmfix_evals.scoring import Answers, Settings, difference_entries, holm, metric_entries
 from mmfix_evals.speed import speed_entries
 
@@ -35,15 +36,15 @@ class Scores:
     metrics: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
     speed: list[dict[str, Any]]
+    length_matched: list[dict[str, Any]] = field(default_factory=list)
 
 
 def score(answers: Answers, settings: Settings, baseline: str = BASELINE) -> Scores:
     """Metrics of every method of one task, and differences to the baseline where it was run."""
-    comparisons = []
-    if baseline in answers.by_method:
-        pairs = [(baseline, method) for method in answers.by_method if method != baseline]
-        comparisons = holm(difference_entries(answers, answers, pairs, settings))
-    return Scores(metric_entries(answers, settings), comparisons, speed_entries(answers, baseline, settings))
+    pairs = [(baseline, method) for method in answers.by_method if baseline in answers.by_method and method != baseline]
+    comparisons = holm(difference_entries(answers, answers, pairs, settings))
+    matched = holm(matched_entries(answers, answers, pairs, settings)) if matches(answers) else []
+    return Scores(metric_entries(answers, settings), comparisons, speed_entries(answers, baseline, settings), matched)
 
 
 def merge(scores: Sequence[Scores]) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def merge(scores: Sequence[Scores]) -> dict[str, Any]:
     return {
         "metrics": [entry for one in scores for entry in one.metrics],
         "comparisons": [entry for one in scores for entry in one.comparisons],
+        "length_matched": [entry for one in scores for entry in one.length_matched],
         "speed": [entry for one in scores for entry in one.speed],
     }
 

@@ -7,24 +7,23 @@ missing, so it gives the same answers as an uninterrupted one.
 
 from __future__ import annotations
 
-import datetime
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from mmfix_evals import batching, machine, results
-from mmfix_evals.arms import BASELINE, Arm, resolve
+from mmfix_evals import batching, results
+from mmfix_evals.arms import BASELINE, Arm, expand, resolve
 from mmfix_evals.errors import EvalError
 from mmfix_evals.files import remove_leftovers
-from mmfix_evals.plan import RunConfig, TaskPlan, plan
-from mmfix_evals.pool import Job, Load, Loaded, LocalPool, Pool
+from mmfix_evals.head import head, now
+from mmfix_evals.plan import Asked, RunConfig, TaskPlan, plan, read_tasks
+from mmfix_evals.pool import Job, Load, LocalPool, Pool
 from mmfix_evals.pool import load_decoder as load_decoder
 from mmfix_evals.progress import Reporter
 from mmfix_evals.samples import Sample, SampleLog, digest
 from mmfix_evals.scoring import Answers, Settings
 from mmfix_evals.shards import cut
-from mmfix_evals.tasks import Document
+from mmfix_evals.tasks import Document, data
 
 CONTROL = "plausibility"
 
@@ -188,14 +187,23 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
     Raises:
         UsageError, mmfix.errors.MethodError: a wrong name or option, before anything is loaded.
         MissingDependency: the engine is not installed.
+        DataError: data of a task are missing or damaged; said before the model is loaded.
         TooManyErrors: more than ``config.max_errors`` documents failed.
         Interrupted: Ctrl-C; finished samples and ``results.json`` are on disk.
         OSError: the run folder cannot be written.
     """
     config.check()
-    arms = [resolve(text) for text in config.methods]
+    arms = [resolve(text) for text in expand(config.methods)]
     _remark_controls(arms, reporter)
     start = _engine(config)
+    with data.below(config.data):
+        return _run(config, argv, reporter, load or load_decoder, start)
+
+
+def _run(
+    config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load, start: Callable[[RunConfig, Load], Pool]
+) -> results.Results:
+    asked = read_tasks(config)
     config.folder.mkdir(parents=True, exist_ok=True)
     with SampleLog(config.folder) as log:
         remove_leftovers(config.folder / results.NAME)
@@ -203,9 +211,9 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
             reporter.warn(f"{log.warning}; the answer will be asked for again")
         reporter.say(f"loading {config.model} …")
         try:
-            pool = start(config, load or load_decoder)
+            pool = start(config, load)
             try:
-                return _runner(config, argv, reporter, log, pool).run()
+                return _runner(config, argv, reporter, log, pool, asked).run()
             finally:
                 pool.close()
         except KeyboardInterrupt:
@@ -219,7 +227,7 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
             raise
 
 
-def _engine(config: RunConfig) -> Any:
+def _engine(config: RunConfig) -> Callable[[RunConfig, Load], Pool]:
     """The pool's class; a missing library is said before anything is made."""
     if config.engine == "local":
         return LocalPool
@@ -242,8 +250,10 @@ def _remark_controls(arms: Sequence[Arm], reporter: Reporter) -> None:
         )
 
 
-def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: SampleLog, pool: Pool) -> Runner:
-    plans = plan(config, pool.loaded.identity)
+def _runner(
+    config: RunConfig, argv: Sequence[str], reporter: Reporter, log: SampleLog, pool: Pool, asked: Sequence[Asked]
+) -> Runner:
+    plans = plan(config, pool.loaded.identity, asked)
     sizes = results.batch_sizes(config.folder) if config.batch_size == batching.AUTO else {}
     runner = Runner(config, pool, plans, log, reporter, {}, sizes)
     keys = {
@@ -254,7 +264,9 @@ def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: Sam
     stale = sum(key not in expected for key in log.by_key)
     if stale:
         reporter.warn(f"{stale} samples in {log.path} belong to another configuration and are ignored")
-    runner.head = _head(config, argv, plans, pool.loaded)
+    runner.head = head(config, argv, plans, pool.loaded)
+    for name, reason in pool.loaded.left_out.items():
+        reporter.say(f"left out: {reason}" if reason.startswith(name) else f"left out: {name}: {reason}")
     if not config.shard.is_whole:
         runner.head["shard"] = {
             "index": config.shard.index,
@@ -263,48 +275,3 @@ def _runner(config: RunConfig, argv: Sequence[str], reporter: Reporter, log: Sam
         }
         reporter.say(f"shard {config.shard}: {len(expected)} answers, into {config.folder}")
     return runner
-
-
-def _head(config: RunConfig, argv: Sequence[str], plans: list[TaskPlan], loaded: Loaded) -> results.Results:
-    """Everything in ``results.json`` that is known before the first answer."""
-    return {
-        "schema_version": results.SCHEMA_VERSION,
-        "status": "running",
-        "argv": results.clean_argv(argv),
-        "config": {
-            "model": config.model,
-            "tasks": list(config.tasks),
-            "methods": list(config.methods),
-            "split": config.split,
-            "limit": config.limit,
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "world_seed": config.world_seed,
-            "device": config.device,
-            "device_map": config.device_map,
-            "dtype": config.dtype,
-            "max_new_tokens": config.max_new_tokens,
-            "gen_kwargs": results.clean_values(config.gen_kwargs),
-            "parser": config.parser,
-            "max_errors": config.max_errors,
-        },
-        "bootstrap": {"resamples": config.resamples, "seed": config.seed},
-        "model": {**loaded.identity, "dtype": loaded.dtype, "device": loaded.device},
-        "methods": [
-            {
-                "name": arm.name,
-                "spec": list(arm.spec),
-                "trained": any(m.info.trained_in_paper for m in arm.methods),
-            }
-            for arm in loaded.arms
-        ],
-        "tasks": {one.task.name: one.describe() for one in plans},
-        "versions": machine.versions(),
-        "git": machine.git(),
-        "machine": loaded.machine,
-        "timing": {"started": now()},
-    }
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

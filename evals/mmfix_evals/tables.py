@@ -177,6 +177,8 @@ def footnotes(results: Results) -> list[str]:
     taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
     if taught:
         notes.append(f"Trained in the paper; used here without training: {', '.join(taught)}.")
+    if results.get("left_out"):
+        notes.append(f"Left out, because they cannot run on this model as it is: {', '.join(results['left_out'])}.")
     for name in never_fired(results):
         means = "it changed nothing there" if " in " in name else "identical to greedy by construction"
         notes.append(f"NEVER FIRED: {name}: {means}.")
@@ -268,9 +270,15 @@ def console_for(file: IO[str]) -> Console:
 
 def markdown(results: Results, every_metric: bool = False) -> str:
     """The same table for a README."""
+    return markdown_sections(sections(results, every_metric), COLUMNS, footnotes(results))
+
+
+def markdown_sections(found: Sequence[Section], columns: Sequence[str], notes: Sequence[str]) -> str:
+    """Any table in Markdown, with its footnotes."""
     lines = []
-    for section in sections(results, every_metric):
-        lines += [f"**{section.title}**", "", f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * 2}{' ---: |' * 7}"]
+    for section in found:
+        aligned = f"|{' --- |' * 2}{' ---: |' * (len(columns) - 2)}"
+        lines += [f"**{section.title}**", "", f"| {' | '.join(columns)} |", aligned]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row.cells)} |" for row in section.rows]
         lines.append("")
-    return "\n".join([*lines, *(f"{note}  " for note in footnotes(results)), ""])
+    return "\n".join([*lines, *(f"{note}  " for note in notes), ""])

@@ -16,7 +16,8 @@ from mmfix_kernels.edits import (
     ScoreEdit,
     SplitSoftmax,
 )
-from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence
+from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
+from mmfix_kernels.statistics import ColumnMass, Divergence, column_mass, head_divergence, row_weights
 
 __all__ = [
     "Attended",
@@ -25,9 +26,12 @@ __all__ = [
     "Divergence",
     "Edit",
     "Group",
+    "HeadMean",
     "HeadScale",
     "HeadSelect",
+    "KeyGain",
     "KeyGroups",
+    "KeyMove",
     "Label",
     "MapReplacement",
     "MassGate",
@@ -40,4 +44,5 @@ __all__ = [
     "forced_backend",
     "grouped_attention",
     "head_divergence",
+    "row_weights",
 ]

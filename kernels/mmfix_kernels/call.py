@@ -20,9 +20,11 @@ from mmfix_kernels.edits import (
     ScoreEdit,
     SplitSoftmax,
 )
+from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
 from mmfix_kernels.maps import places
 
 MassRows = Literal["none", "last", "all"]
+HEAD_EDITS = (HeadScale, HeadMean)  # edits of finished head outputs, which read no key
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +40,7 @@ class AttentionCall:
         softcap: ``s <- softcap*tanh(s/softcap)`` before mask and edits.
         groups: labels and rows; needed as soon as there are edits or masses.
         edits: score edits act before the softmax, a split in its place, then mass moves and map replacements in order,
-            then heads are selected and scaled.
+            then heads are selected, replaced by means, and scaled.
         masses: rows whose group masses are returned.
         prefix_key, prefix_value: [B // R, H_kv, P, D], keys and values that R consecutive batch items share and that
             stand before `key` and `value`; mask and labels then cover P + S keys. None when nothing is shared.
@@ -75,7 +77,7 @@ class AttentionCall:
             )
         if self.mask is None and self.is_causal and q_len not in (1, s_len):
             raise ValueError(f"is_causal with {q_len} rows and {s_len} keys: slice the keys or give a mask")
-        needs_groups = self.masses != "none" or any(not isinstance(e, HeadScale) for e in self.edits)
+        needs_groups = self.masses != "none" or any(not isinstance(e, HEAD_EDITS) for e in self.edits)
         if needs_groups and self.groups is None:
             raise ValueError("edits on key groups and group masses need `groups` (one label per key)")
         if self.groups is not None and self.groups.labels.shape != (b, s_len):
@@ -98,16 +100,16 @@ class AttentionCall:
         return float(self.query.shape[-1] ** -0.5) if self.scale is None else self.scale
 
     @property
-    def score_edits(self) -> list[tuple[int, ScoreEdit]]:
-        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, ScoreEdit)]
+    def score_edits(self) -> list[tuple[int, ScoreEdit | KeyGain]]:
+        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, (ScoreEdit, KeyGain))]
 
     @property
     def splits(self) -> list[tuple[int, SplitSoftmax]]:
         return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, SplitSoftmax)]
 
     @property
-    def weight_edits(self) -> list[tuple[int, MassMove | MapReplacement]]:
-        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, (MassMove, MapReplacement))]
+    def weight_edits(self) -> list[tuple[int, MassMove | KeyMove | MapReplacement]]:
+        return [(n, e) for n, e in enumerate(self.edits) if isinstance(e, (MassMove, KeyMove, MapReplacement))]
 
     @property
     def head_selects(self) -> list[tuple[int, HeadSelect]]:
@@ -169,8 +171,13 @@ def additive_mask(call: AttentionCall, start: int = 0, stop: int | None = None) 
 
 
 def apply_head_scales(call: AttentionCall, output: Tensor, fired: Tensor) -> Tensor:
-    """Multiply head outputs and count the scaled heads."""
+    """Replace and multiply head outputs, and count the heads that change."""
     b, h, q_len, _ = call.query.shape
+    for n, mean in enumerate(call.edits):
+        if isinstance(mean, HeadMean):
+            output = mean(output)
+            fired[n, 0] = mean.heads.expand(b, h).sum() * q_len
+            fired[n, 1] = b * h * q_len
     for n, edit in call.head_scales:
         scale = edit.scale.to(output.device)
         if scale.shape not in ((h,), (b, h)):

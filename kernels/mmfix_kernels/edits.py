@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfix_kernels.keyed import HeadMean, KeyGain, KeyMove
+
 
 class Label(IntEnum):
     """Label of one key, stored as int8. At most eight exist, so a set of labels is one byte."""
@@ -97,6 +99,10 @@ class ScoreEdit:
         if self.mean_abs_gain:
             edited = edited + self.mean_abs_gain * scores.abs().mean(1, keepdim=True)
         return edited
+
+    def keys(self, groups: KeyGroups) -> Tensor:
+        """Bool[B, 1, 1, S]: the keys whose scores change."""
+        return groups.member(self.group)[:, None, None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,9 @@ class HeadSelect:
     def factors(self, scores: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
         """Float32[B, H, L, 1] from scores and weights [B, H, L, S]; `seen` are the keys of the group, broadcastable."""
         looks = torch.where(seen, weights if self.by == "mass" else scores, 0.0).sum(-1, keepdim=True)
+        # Equal masses (of a map that is the same in all heads) differ by rounding: a little less for every later head.
+        order = torch.arange(looks.shape[1], device=looks.device)[:, None, None]
+        looks = looks - 1e-6 * order * looks.abs().amax(1, keepdim=True)
         kept = looks.argsort(dim=1, descending=True, stable=True)[:, : self.keep]
         factors = torch.full_like(looks, self.factor).scatter(1, kept, 1.0)
         return torch.where(seen.any(-1, keepdim=True), factors, 1.0)
@@ -258,7 +267,7 @@ class SplitSoftmax:
             raise ValueError(f"SplitSoftmax.mass={self.mass!r}: choose 'sum' or 'mean'")
 
 
-Edit = ScoreEdit | SplitSoftmax | MassMove | MapReplacement | HeadSelect | HeadScale
+Edit = ScoreEdit | KeyGain | SplitSoftmax | MassMove | KeyMove | MapReplacement | HeadSelect | HeadMean | HeadScale
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

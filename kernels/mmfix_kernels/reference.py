@@ -17,6 +17,7 @@ from mmfix_kernels.edits import (
     SplitSoftmax,
     head_mask,
 )
+from mmfix_kernels.keyed import KeyGain, KeyMove
 from mmfix_kernels.maps import count_replaced, replace_rows
 from mmfix_kernels.split import softmax, split
 
@@ -56,6 +57,10 @@ def attend(call: AttentionCall) -> Attended:
         assert call.groups is not None
         if isinstance(weight_edit, MassMove):
             weights = _move_mass(call.groups, weight_edit, weights, allowed, fired[n])
+        elif isinstance(weight_edit, KeyMove):
+            touched = _touched(call.groups, weight_edit, weights)
+            weights, active = weight_edit.moved(weights, touched)
+            fired[n, 0], fired[n, 1] = active.sum() if weight_edit.share else 0, touched.sum()
         else:
             before = weights
             weights = replace_rows(
@@ -82,7 +87,9 @@ def attend(call: AttentionCall) -> Attended:
     return Attended(output, masses, fired, "reference")
 
 
-def _touched(groups: KeyGroups, edit: ScoreEdit | SplitSoftmax | MassMove | HeadSelect, like: Tensor) -> Tensor:
+def _touched(
+    groups: KeyGroups, edit: ScoreEdit | KeyGain | SplitSoftmax | MassMove | KeyMove | HeadSelect, like: Tensor
+) -> Tensor:
     """Bool[B, H, L, 1]: the batch items, rows and heads that an edit may touch."""
     b, h, q_len, _ = like.shape
     touched = torch.ones(b, h, q_len, 1, dtype=torch.bool, device=like.device)
@@ -96,9 +103,11 @@ def _touched(groups: KeyGroups, edit: ScoreEdit | SplitSoftmax | MassMove | Head
     return touched
 
 
-def _edit_scores(groups: KeyGroups, edit: ScoreEdit, scores: Tensor, allowed: Tensor, fired: Tensor) -> Tensor:
+def _edit_scores(
+    groups: KeyGroups, edit: ScoreEdit | KeyGain, scores: Tensor, allowed: Tensor, fired: Tensor
+) -> Tensor:
     touched = _touched(groups, edit, scores)
-    keys = groups.member(edit.group)[:, None, None, :] & allowed
+    keys = edit.keys(groups) & allowed
     fired[0] = (touched & keys.any(-1, keepdim=True)).sum()
     fired[1] = touched.sum()
     return torch.where(touched & keys & ~scores.isneginf(), edit(scores), scores)  # what is hidden stays hidden

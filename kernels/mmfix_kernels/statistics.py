@@ -1,10 +1,11 @@
 """What attention did, without its map: how much each key received, and how far head outputs are apart.
 
 ``column_mass``      c_j = sum over the chosen rows i of w_ij, w the softmax after score edits: a heat-map of the keys
+``row_weights``      w_ij of a few chosen rows i, before any edit
 ``head_divergence``  d_h = || A_h - A'_h ||_2 of head outputs with and without the image (VHR's VHD), and ||A'_h||^2
 
-Both have a reference in float32 that is the definition, a Triton kernel that is taken when the backend `triton` is
-named, and say why it did not serve.
+The first and the last have a reference in float32 that is the definition, a Triton kernel that is taken when the
+backend `triton` is named, and say why it did not serve.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from mmfix_kernels import closed_forms, triton
 from mmfix_kernels.attention import forced_backend, grouped_attention
-from mmfix_kernels.call import AttentionCall
+from mmfix_kernels.call import AttentionCall, additive_mask
 from mmfix_kernels.edits import MapReplacement, MassMove, Rows, ScoreEdit
+from mmfix_kernels.keyed import KeyGain, KeyMove
+
+_ON_MAPS = (ScoreEdit, KeyGain, MassMove, KeyMove, MapReplacement)  # edits that change a map
 
 
 class ColumnMass(NamedTuple):
@@ -50,7 +54,7 @@ def _check(backend: str | None, reason: str) -> str:
 
 def why_no_column_kernel(call: AttentionCall) -> str:
     """Why the Triton kernel cannot serve the call; "" when it can."""
-    if any(isinstance(edit, (MassMove, MapReplacement)) for edit in call.edits):
+    if any(isinstance(edit, (MassMove, KeyMove, MapReplacement)) for edit in call.edits):
         return "the column kernel knows the softmax only, not what is done to its weights"
     if call.prefix_key is not None:
         return "the column kernel reads no shared prefix"
@@ -81,16 +85,43 @@ def column_mass(call: AttentionCall, rows: Rows = Rows.ALL, backend: str | None 
 
         return ColumnMass(kernel(call, rows), "triton")
     told = reason if forced_backend() == "triton" else ""
-    edited = any(isinstance(edit, (ScoreEdit, MassMove, MapReplacement)) for edit in call.edits)
+    edited = any(isinstance(edit, _ON_MAPS) for edit in call.edits)
     if backend == "reference" or edited or call.softcap is not None or call.prefix_key is not None:
         return ColumnMass(column_reference(call, rows), "reference", told)
     return ColumnMass(_column_chunks(call, rows), "sdpa", told)
 
 
+def row_weights(call: AttentionCall, rows: Tensor) -> Tensor:
+    """Plain attention weights of chosen rows: the softmax of scores that no edit has touched.
+
+    Args:
+        call: tensors and mask; its edits are left out.
+        rows: Int64[B, n], row numbers within the call.
+
+    Returns:
+        Float32[B, H, n, S]; a row that sees no key has zeros.
+    """
+    b, h, q_len, d = call.query.shape
+    h_kv, n = call.key.shape[1], rows.shape[1]
+    query = call.query.float().gather(2, rows[:, None, :, None].expand(b, h, n, d))
+    key = call.whole(call.prefix_key, call.key).float()
+    scores = query.reshape(b, h_kv, -1, d) @ key.transpose(-1, -2) * call.factor  # heads of one key head lie together
+    scores = scores.view(b, h, n, -1)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = additive_mask(call)
+    if mask is None:
+        return scores.softmax(-1)
+    mask = mask.expand(b, mask.shape[1], q_len, call.keys)
+    index = rows[:, None, :, None].expand(b, mask.shape[1], n, call.keys)
+    scores = scores + mask.gather(2, index)
+    return scores.softmax(-1).masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
+
+
 def column_reference(call: AttentionCall, rows: Rows = Rows.ALL) -> Tensor:
     """The definition: the whole map, which attention itself returns when the values are the identity."""
     b, h_kv, _, _ = call.key.shape
-    edits = [e for e in call.edits if isinstance(e, (ScoreEdit, MassMove, MapReplacement))]
+    edits = [e for e in call.edits if isinstance(e, _ON_MAPS)]
     key = call.whole(call.prefix_key, call.key).float()
     value = torch.eye(call.keys, device=key.device).expand(b, h_kv, -1, -1)
     whole = replace(

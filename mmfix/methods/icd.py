@@ -43,7 +43,7 @@ class ICD(Method):
         MethodError: a value out of range, no disturbance, or a text without a processor.
     """
 
-    instruction: str | None = param(None, "disturbance as text")
+    instruction: str | None = param(None, "disturbance as text", example="You are a confused object detector.")
     tokens: tuple[int, ...] | None = param(None, "disturbance as token ids")
     at: Literal["after_image", "before_image", "question"] = param("after_image", "where the disturbance stands")
     alpha: float = param(1.0, "strength of the contrast", -1.0, 5.0)

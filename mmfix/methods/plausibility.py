@@ -11,7 +11,11 @@ from mmfix.method import Method, param, register
 @register("plausibility", title="Adaptive plausibility cut alone", paper="arXiv:2210.15097", kind="contrast")
 @dataclass(frozen=True, kw_only=True)
 class Plausibility(Method):
-    """Keep token v only if ``l_v >= log(beta) + max l``; no contrast.
+    """Drop the tokens that the model itself holds unlikely; no contrast.
+
+    With logits l, in float32::
+
+        z_v = l_v where l_v >= log(beta) + max l, else -inf
 
     *Contrastive Decoding* (arXiv:2210.15097) introduced the cut. Much of what contrast methods gain over sampling comes
     from it, so it stands beside them in every table. Greedy decoding is not changed by it at all.

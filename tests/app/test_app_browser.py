@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,10 @@ from typing import Any
 import pytest
 
 from mmfix_app.browser import browser, chromium, compare
+from mmfix_decoding import Decoder
 
 pytestmark = [
     pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (apt-get install chromium)"),
-    pytest.mark.skipif(
-        not os.environ.get("MMFIX_BROWSER_TESTS"), reason="set MMFIX_BROWSER_TESTS=1 to drive a browser"
-    ),
     pytest.mark.xdist_group("app"),  # one server and one browser at a time
 ]
 SLOW = 90_000
@@ -47,8 +46,9 @@ class Visitor:
             self.problems.append(f"asked {url}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def visitor(chrome: Any, served: tuple[Any, str]) -> Iterator[Visitor]:
+    """Someone who has just opened the app: no test sees what another one chose."""
     found = Visitor(chrome, served[1], viewport={"width": 1280, "height": 900})
     yield found
     found.page.context.close()
@@ -56,10 +56,56 @@ def visitor(chrome: Any, served: tuple[Any, str]) -> Iterator[Visitor]:
 
 @pytest.fixture
 def page(visitor: Visitor) -> Iterator[Any]:
-    visitor.problems.clear()
-    visitor.page.get_by_role("tab", name="Compare").click()
     yield visitor.page
     assert visitor.problems == []
+
+
+class Paced:
+    """A stream no faster than a reader, whatever the machine: a pause before each token, and a halt after some.
+
+    Args:
+        stream: what is slowed.
+        pause: seconds before each token.
+        halt: tokens after which nothing comes until the stream is cancelled; None never halts.
+    """
+
+    def __init__(self, stream: Any, pause: float, halt: int | None = None) -> None:
+        self._stream = stream
+        self._pause = pause
+        self._halt = halt
+        self._go = threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        for count, event in enumerate(self._stream):
+            if count == self._halt:
+                assert self._go.wait(60), "nobody cancelled"
+            time.sleep(self._pause)
+            yield event
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+        self._go.set()
+
+    def close(self) -> None:
+        self._go.set()
+        self._stream.close()
+
+    @property
+    def report(self) -> Any:
+        return self._stream.report
+
+
+def pace(monkeypatch: pytest.MonkeyPatch, pause: float = 0.0, halt: int | None = None) -> None:
+    """Slow the answers of the running app, which lives in this process."""
+    made = Decoder.stream_pair
+    monkeypatch.setattr(Decoder, "stream_pair", lambda *a, **k: Paced(made(*a, **k), pause, halt))
+
+
+def choose(page: Any, method: str) -> None:
+    """Take a method from the list and open its controls."""
+    page.locator("#method input").click()
+    page.get_by_role("option", name=f"({method})").click()
+    page.locator("#parameters button").first.click()
 
 
 def words(page: Any, side: str) -> list[str]:
@@ -76,7 +122,8 @@ WATCH = """() => {
 }"""
 
 
-def test_both_answers_grow_and_a_token_shows_its_map(page: Any) -> None:
+def test_both_answers_grow_and_a_token_shows_its_map(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace(monkeypatch, pause=0.02)
     page.evaluate(WATCH)
     compare(page, 6)
     seen = [tuple(one) for one in page.evaluate("window.seen")]
@@ -100,11 +147,10 @@ def test_both_answers_grow_and_a_token_shows_its_map(page: Any) -> None:
 
 
 def test_another_method_has_its_own_controls_and_code(page: Any) -> None:
-    page.locator("#method input").click()
-    page.get_by_role("option", name="(var)").click()
-    page.locator("#parameters button").first.click()
-    page.get_by_label("move", exact=False).first.wait_for()
-    assert page.get_by_label("alpha", exact=False).first.is_hidden()
+    choose(page, "var")
+    shown = page.locator("#parameters :visible")
+    page.get_by_label("move", exact=False).and_(shown).first.wait_for()
+    assert page.get_by_label("alpha", exact=False).and_(shown).count() == 0
     compare(page)
     assert "VAR never fired here" in page.locator(".verdict").first.inner_text()
     assert words(page, "plain") == words(page, "method")
@@ -114,7 +160,8 @@ def test_another_method_has_its_own_controls_and_code(page: Any) -> None:
 
 
 def test_an_error_stands_at_its_control(page: Any) -> None:
-    box = page.get_by_label("sink dims", exact=False).first
+    choose(page, "var")
+    box = page.get_by_label("sink dims", exact=False).and_(page.locator(":visible")).first
     box.fill("one")
     page.locator("#run").click()
     page.locator("#method-error .mm-error").wait_for()
@@ -188,16 +235,18 @@ def test_the_board_sorts(page: Any) -> None:
     assert column.evaluate_all("cells => cells.map(c => +c.dataset.v)") == sorted(down) == down[::-1]
 
 
-def test_stopping_in_mid_stream_frees_the_model(page: Any, served: tuple[Any, str]) -> None:
-    page.evaluate("document.querySelector('#stage .stage').dataset.old = 1")
-    page.locator("#run").click()
-    page.locator('#stage .stage[data-state="running"]').wait_for()
-    page.locator("#stop").click()
-    page.locator(
-        '#stage .stage[data-state="stopped"]:not([data-old]), .stage[data-state="done"]:not([data-old])'
-    ).wait_for()
-    compare(page, 5)
-    assert page.locator('#stage .stage[data-state="done"]').count() == 1
+def test_stopping_in_mid_stream_frees_the_model(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as slowed:
+        pace(slowed, halt=6)
+        page.locator("#run").click()
+        page.locator('#stage .stage[data-state="running"]').wait_for()
+        page.locator("#stop").click()
+        page.locator('#stage .stage[data-state="stopped"]').wait_for()
+        shown = words(page, "plain")
+    compare(page)
+    whole = words(page, "plain")
+    assert 0 < len(shown) < len(whole)
+    assert whole[: len(shown)] == shown
 
 
 def test_phone_width_has_no_sideways_scroll(chrome: Any, served: tuple[Any, str]) -> None:

@@ -102,6 +102,8 @@ class Shape(Method):
     way: Literal["a", "b"] = param("a", "which")
     maybe: Literal["x", "y"] | None = param(None, "which or none")
     layers: tuple[int, ...] | None = param(None, "layers")
+    role: str | None = param(None, "a text", example="You are tired.")
+    file: str | None = param(None, "a file's name")
     bare: float = 1.0
 
 
@@ -115,9 +117,12 @@ def test_controls_follow_the_fields_of_any_method() -> None:
     found = {c.name: c for c in controls.of(shape())}
     kinds = {name: c.kind for name, c in found.items()}
     assert kinds == {
-        "strength": "number", "count": "whole", "on": "switch", "way": "choice", "maybe": "choice", "layers": "text",
-        "bare": "number",
+        "strength": "number", "count": "whole", "on": "switch", "way": "choice", "maybe": "choice", "layers": "list",
+        "role": "words", "bare": "number",
     }  # fmt: skip
+    assert found["role"].value == "You are tired."
+    assert controls.read(found["role"], " Be brief. ") == "Be brief."
+    assert controls.read(found["role"], "") is None
     assert (found["strength"].low, found["strength"].high, found["strength"].help) == (0.0, 2.0, "how much")
     assert found["maybe"].choices == ("x", "y", "none")
     assert found["maybe"].value == "none"
@@ -127,10 +132,18 @@ def test_controls_follow_the_fields_of_any_method() -> None:
 
 @pytest.mark.parametrize("name", mmfix.methods())
 def test_the_controls_of_every_method_give_the_method_back(service: Service, name: str) -> None:
-    base = mmfix.calibrated(service.model, name)
-    given = {c.name: c.value for c in controls.of(base)}
+    shown = controls.started(service.model, name)
+    given = {c.name: c.value for c in controls.of(shown)}
     built, changed = controls.build(service.model, name, given)
-    assert (built, changed) == (base, {})
+    assert built == shown
+    assert changed == {c.name: c.value for c in controls.of(shown) if c.kind == "words"}
+
+
+@pytest.mark.usefixtures("registry")
+def test_files_of_the_server_are_not_for_visitors(service: Service) -> None:
+    mmfix.register("shape", title="Shape", paper="none", kind="mask")(Shape)
+    with pytest.raises(MethodError, match="no parameter 'file'"):
+        controls.build(service.model, "shape", {"file": "/etc/passwd"})
 
 
 def test_what_was_changed_is_told_and_wrong_values_are_refused(service: Service) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import vlm
+from support import steered, vlm
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -15,7 +15,7 @@ _BUILT: dict[str, Any] = {}
 
 def _model(name: str) -> Any:
     if name not in _BUILT:
-        _BUILT[name] = vlm.build(name)
+        _BUILT[name] = steered.calibrated(vlm.build(name))
     return _BUILT[name]
 
 

@@ -115,7 +115,7 @@ def test_the_noise_schedule_has_its_published_values() -> None:
     want = {100: 0.99659, 250: 0.97839, 500: 0.74480, 700: 0.35127, 900: 0.13314, 999: 0.08125}
     for step, value in want.items():
         assert math.isclose(DiffusionNoise(step=step).signal, value, abs_tol=6e-6)
-    pixels = torch.zeros(2, 3, 8, 8)
+    pixels = torch.ones(2, 3, 8, 8)
     noise = DiffusionNoise(step=999, seed=1)
     assert torch.equal(noise(pixels)[0], noise(pixels)[1])
     assert not torch.equal(noise(pixels), DiffusionNoise(step=999, seed=2)(pixels))

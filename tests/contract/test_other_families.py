@@ -8,10 +8,13 @@ perceiver between tower and language model. (Oracles for all families are in tes
 from __future__ import annotations
 
 import functools
+import json
+from importlib.resources import files
 from typing import Any
 
 import pytest
 import torch
+from support import steered
 from support.cases import CASES, NAMES, Case
 from support.families import FAMILIES, Row, Tiny
 
@@ -21,6 +24,7 @@ from mmfix.method import Method, method
 
 CHOSEN = ("llava-next", "qwen2.5-vl", "gemma3", "idefics2")
 STEPS = 3
+REFUSED = json.loads((files("mmfix_evals") / "families.json").read_text())
 # Four layers instead of five: edits begin a layer earlier.
 MORE: dict[str, dict[str, Any]] = {"var": {"sink_dims": (3, 7, 12, 20), "tau": 1.5, "first_layer": 1}}
 
@@ -29,7 +33,7 @@ MORE: dict[str, dict[str, Any]] = {"var": {"sink_dims": (3, 7, 12, 20), "tau": 1
 def _built(name: str) -> Any:
     model = FAMILIES[name].build()
     greedy(model, FAMILIES[name].inputs())  # transformers leaves marks of its own at the first call
-    return model
+    return steered.calibrated(model)
 
 
 @pytest.fixture(params=CHOSEN)
@@ -44,11 +48,17 @@ def model(tiny: Tiny) -> Any:
 
 
 @pytest.fixture(params=NAMES)
-def acting(request: pytest.FixtureRequest, tiny: Tiny) -> Method:
+def acting(request: pytest.FixtureRequest) -> Method:
     """Each registered method, with parameters that make it act."""
-    if tiny.name == "qwen2.5-vl" and CASES.get(request.param, Case()).longer_prompt:
-        pytest.skip("positions along several axes are not made for a longer prompt: refused")
     return method(request.param, **{**CASES.get(request.param, Case()).active, **MORE.get(request.param, {})})
+
+
+@pytest.fixture(autouse=True)
+def _served(tiny: Tiny, acting: Method) -> None:
+    """Methods that a family refuses are refused as docs/families.md says (tests/families/test_table.py)."""
+    reason = REFUSED[acting.info.name]["refused"].get(tiny.title)
+    if reason:
+        pytest.skip(f"refused: {reason}")
 
 
 # What a method would do, the model does by itself.

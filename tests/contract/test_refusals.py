@@ -265,7 +265,10 @@ def test_no_loss_of_mixed_logits_and_no_copy_inside_the_block(llava: Any) -> Non
             llava(**inputs, labels=inputs["input_ids"])
         with pytest.raises(MmfixError, match="leave the block"):
             copy.deepcopy(llava)
-    with pytest.raises(MethodError, match="layers -5 to 4"), mmfix.mitigate(llava, "mma", until="prompt", layers=(99,)):
+    with (
+        pytest.raises(MethodError, match="layers from -5 to 4"),
+        mmfix.mitigate(llava, "mma", until="prompt", layers=(99,)),
+    ):
         pass
 
 

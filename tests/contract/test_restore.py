@@ -58,7 +58,7 @@ def test_normal_exit(model: Any, name: str) -> None:
     with unchanged(model), mmfix.mitigate(model, active(name), telemetry=True):
         inside = vlm.greedy(model, vlm.one())
         assert traits(model)["model.language_model"][3] == "mmfix"
-        if not any(branch.vision for branch in active(name).branches(mmfix.describe(model))):
+        if not any(branch.vision or branch.select for branch in active(name).branches(mmfix.describe(model))):
             assert traits(model)["model.vision_tower"][3] == "sdpa", "the vision tower is not to be touched"
     assert len(inside.logits) == 6
 

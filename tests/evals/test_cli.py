@@ -201,6 +201,8 @@ def test_list_names_tasks_metrics_and_parsers(call: Call) -> None:
         ["doctor"],
         ["calibrate"],
         ["calibrate", "sinks"],
+        ["tune"],
+        ["calibrate", "vti"],
     ],
 )
 def test_every_command_has_help_with_an_example(call: Call, words: list[str]) -> None:

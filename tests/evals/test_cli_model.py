@@ -147,6 +147,47 @@ def test_calibrate_finds_sinks_and_writes_them_where_var_looks(call: Call, tmp_p
     assert call("describe", pictures / "0.png", "--model", folder, "--method", "var", "--max-new-tokens", "3")[0] == 0
 
 
+def test_calibrate_vti_writes_directions_where_vti_looks(call: Call, model: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(2):
+        fake_eval.picture(f"{index}").resize((30, 30)).save(pictures / f"{index}.png")
+    lines = [{"image": f"{n}.png", "truthful": "a red square", "invented": "a blue cat"} for n in range(2)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    words = ["describe", pictures / "0.png", "--model", model, "--max-new-tokens", "3", "--method"]
+    code, _, errors = call(*words, "vti")
+    assert (code, "mmfix calibrate vti" in errors) == (2, True)
+    base = ["calibrate", "vti", "--model", model, "--images", pictures, "--trials", "2"]
+    code, printed, errors = call(*base)
+    assert (code, errors, "alpha_text=0" in printed) == (0, "", True)
+    assert call(*words, "vti:alpha_text=0")[0] == 0
+    assert call(*words, "vti")[0] == 2
+    code, printed, errors = call(*base, "--pairs", pairs, "--json")
+    assert (code, errors) == (0, "")
+    found = json.loads(printed)
+    assert (found["pairs"], found["pictures"], len(found["text"]), len(found["vision"])) == (2, 2, 2, 3)
+    assert call(*words, "vti")[0] == 0
+    pairs.write_text('{"image": "9.png", "truthful": "a", "invented": "b"}')
+    code, _, errors = call(*base, "--pairs", pairs)
+    assert (code, "line 1" in errors, "is no file" in errors) == (1, True, True)
+    pairs.write_text('{"image": "0.png", "truthful": ""}')
+    assert "each a text" in call(*base, "--pairs", pairs)[2]
+    assert call("calibrate", "vti", "--pairs", pairs)[0] == 2
+    assert call("calibrate", "vti", "--mask", "1.5")[0] == 2
+
+
+def test_invented_captions_differ_in_one_object(model: Path) -> None:
+    from mmfix_evals import tinyworld
+    from mmfix_evals.cli.calibrate_vti import _tinyworld
+
+    for index, (_, truthful, invented) in enumerate(_tinyworld(12)):
+        present = set(tinyworld.scene("dev", index).categories)
+        named = [{c for c in tinyworld.CATEGORIES if f" {c}" in text} for text in (truthful, invented)]
+        assert named[0] == present
+        assert len(named[1] - present) == 1
+
+
 def test_run_and_resume_with_a_model(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extra = {"fake-pope": fake_eval.FakePope(), "fake-chair": fake_eval.FakeChair()}
     monkeypatch.setattr(base, "_TASKS", {**base._TASKS, **extra})

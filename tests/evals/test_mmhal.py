@@ -49,7 +49,7 @@ def test_scores_by_hand() -> None:
     records = [record(i) for i in (0, 1, 2, 3, 8)]
     found = mmhal.score(records, replies)
     assert (found["score"], found["hallucination_rate"]) == (11 / 5, 3 / 5)
-    assert found["splits"]["attribute"] == {"score": 3.0, "hallucination_rate": 0.5, "n": 2}
+    assert found["splits"]["attribute"].items() >= {"score": 3.0, "hallucination_rate": 0.5, "n": 2}.items()
     assert (found["n"], found["n_unparsed"], found["rule"]) == (5, 1, "official")
     assert any("1 of 5 replies hold no rating or several; they count as 0" in one for one in found["warnings"])
     strict = mmhal.score(records, replies, "strict")

@@ -1,24 +1,31 @@
 """docs/families.md, from what the tests of this folder check: ``PYTHONPATH=.:tests python -m families.table``.
 
-A cell says "yes" where tests/families/test_methods.py compares the method with an oracle, and otherwise gives the
-reason with which ``mitigate()`` refuses it; that test runs on every pair for which there is no reason.
+A cell of the first table says "yes" where tests/families/test_methods.py compares the method with an oracle, and
+otherwise gives the reason with which ``mitigate()`` refuses it; that test runs on every pair for which there is no
+reason. The second table says on how many families every other method generates a batch, by running it. Its figures
+are kept for the method pages in evals/mmfix_evals/families.json.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from support import steered
+from support.cases import active
 from support.families import FAMILIES
 from support.refused_models import REFUSED
 
 import mmfix
-from mmfix.errors import UnsupportedModel
+from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.families import Family, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "docs" / "families.md"
+COUNTS = ROOT / "evals" / "mmfix_evals" / "families.json"
 METHODS = ("var", "vhr", "causalmm", "causalmm-vision", "causalmm-language", "mma", "plausibility")
 TOLD = {"mma": {"until": "prompt"}, "var": {"sink_dims": (3,)}}
 HEAD = """# Model families
@@ -54,6 +61,54 @@ def cell(family: Family, name: str, notes: list[str]) -> str:
     return f"no ({notes.index(reason) + 1})"
 
 
+def others() -> list[str]:
+    """Methods that are run on every family, but have no oracle of their own there."""
+    return [name for name in mmfix.methods() if name not in METHODS]
+
+
+def trouble(model: Any, tiny: Any, name: str) -> str:
+    """Why a method cannot generate for a left-padded batch of two prompts of this family; "" when it can.
+
+    Raises:
+        AssertionError: it ran and gave logits that are not finite.
+    """
+    inputs = tiny.batch(tiny.rows(padded=True))
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    try:
+        with torch.no_grad(), mmfix.mitigate(model, active(name)):
+            logits = model.generate(**inputs, **options, suppress_tokens=list(range(90, 100))).logits
+    except MmfixError as error:
+        return _short(str(error), type(model).__name__, name)
+    kept = torch.stack(logits).float()
+    assert not kept.isnan().any(), f"{name} on {tiny.title}: NaN"
+    assert (kept.amax(-1) < torch.inf).all(), f"{name} on {tiny.title}: infinite"
+    return ""
+
+
+def _short(message: str, model: str, name: str) -> str:
+    """What is wrong, without who says it and without the advice."""
+    told = message.removeprefix(f"{model}: ").removeprefix(f"{name} does not apply: ").removeprefix(f"{name}: ")
+    return told.split("; ")[0].replace(f"{model} ", "the model ").replace(f"{model}: ", "")
+
+
+def counts(build: Any) -> dict[str, Any]:
+    """Method → families it runs on, and those that refuse it with the reason. `build` gives a family's model."""
+    found: dict[str, Any] = {name: {"runs": 0, "of": len(FAMILIES), "refused": {}} for name in mmfix.methods()}
+    for family, tiny in FAMILIES.items():
+        model = steered.calibrated(build(family))
+        described = mmfix.describe(model)
+        for name, entry in found.items():
+            if name in METHODS:
+                told = why_not(described, mmfix.method(name, **TOLD.get(name, {})))
+            else:
+                told = trouble(model, tiny, name)
+            if told:
+                entry["refused"][tiny.title] = told
+            else:
+                entry["runs"] += 1
+    return found
+
+
 def refusal(model: Any) -> str:
     """With what words a model is refused."""
     try:
@@ -63,8 +118,8 @@ def refusal(model: Any) -> str:
     raise AssertionError(f"{type(model).__name__} is served")
 
 
-def render(build: Any) -> str:
-    """The page. `build` gives a family's model by name."""
+def render(build: Any, counted: dict[str, Any]) -> str:
+    """The page. `build` gives a family's model by name; `counted` are :func:`counts`."""
     notes: list[str] = []
     lines = [HEAD, f"| family | model class | vision tower | language model | {' | '.join(METHODS)} |"]
     lines.append("| --- " * (4 + len(METHODS)) + "|")
@@ -75,10 +130,27 @@ def render(build: Any) -> str:
         lines.append(f"| {' | '.join(parts)} |")
     lines.append("")
     lines += [f"{n}. Not applicable: {reason}." for n, reason in enumerate(notes, start=1)]
-    lines += [NOTES, "## Refused, and why", "", "| model | message |", "| --- | --- |"]
+    lines += [NOTES, *_others(counted), "## Refused, and why", "", "| model | message |", "| --- | --- |"]
     for title, make in REFUSED.items():
         lines.append(f"| {title} | {refusal(make())} |")
     return "\n".join(lines) + "\n"
+
+
+def _others(counted: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Every other method", "",
+        "These are compared with oracles of their own on a small LLaVA (`tests/methods`) and held to the contract "
+        "suite on four families (`tests/contract`). Here each generates for a left-padded batch of every family, or "
+        "is refused.", "",
+        "| method | families | refused |", "| --- | ---: | --- |",
+    ]  # fmt: skip
+    for name in others():
+        reasons: dict[str, list[str]] = {}
+        for title, reason in counted[name]["refused"].items():
+            reasons.setdefault(reason.replace("|", "\\|"), []).append(title)
+        told = "; ".join(f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items())
+        lines.append(f"| {name} | {counted[name]['runs']} of {counted[name]['of']} | {told} |")
+    return [*lines, ""]
 
 
 def _plain(module: Any) -> str:
@@ -87,7 +159,10 @@ def _plain(module: Any) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    PATH.write_text(render(lambda name: FAMILIES[name].build()))
+    models = {name: tiny.build() for name, tiny in FAMILIES.items()}
+    counted = counts(models.__getitem__)
+    COUNTS.write_text(json.dumps(counted, indent=1, ensure_ascii=False) + "\n")
+    PATH.write_text(render(models.__getitem__, counted))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def _module() -> Any:
     return module
 
 
-def test_the_committed_table_is_current() -> None:
+def test_the_committed_tables_are_current() -> None:
     table = _module()
-    assert table.PATH.read_text() == table.render(_build), "run python -m families.table"
+    counted = table.counts(_build)
+    assert json.loads(table.COUNTS.read_text()) == counted, "run python -m families.table"
+    assert table.PATH.read_text() == table.render(_build, counted), "run python -m families.table"
 
 
 def test_only_what_cannot_be_is_refused() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from mmfix_evals.bench import decode, model, plot, table
 from mmfix_evals.cli.app import app
-from mmfix_evals.errors import DataError
+from mmfix_evals.errors import DataError, UsageError
 from mmfix_kernels import attention
 from mmfix_kernels.bench import measure, record
 from mmfix_kernels.bench.cases import EDITS, Case
@@ -161,17 +161,23 @@ def test_arms_generate_what_they_say(tmp_path: Path) -> None:
     inputs = model.prompt(built, 620, 1, seed=0)
     assert int((inputs["input_ids"] == model.IMAGE_ID).sum()) == model.IMAGE_TOKENS
     answers = {}
-    for name in ("vanilla", "empty", "eager-maps", "sequential", model.OPEN_VAR + "@sdpa"):
+    for name in ("vanilla", "empty", "static/empty", "eager-maps", "sequential", model.OPEN_VAR + "@sdpa"):
         arm = model.arm(built, name)
         with torch.inference_mode(), arm.enter():
             answers[name] = arm.run(inputs, 3)
     tokens = answers["vanilla"][:, -3:]  # type: ignore[index]
     assert torch.equal(answers["empty"][:, -3:], tokens)  # type: ignore[index]
+    assert torch.equal(answers["static/empty"][:, -3:], tokens)  # type: ignore[index]
     assert torch.equal(answers["eager-maps"].sequences[:, -3:], tokens)  # type: ignore[attr-defined]
     assert answers["sequential"].shape == (1, 3)  # type: ignore[attr-defined]
-    decode.measure_decode(tmp_path, arms="empty", tokens=3, runs=1, shape=shape, lengths=[620], tests_passed=True)
+    with pytest.raises(UsageError, match="static/"):
+        model.arm(built, "static/sequential")
+    decode.measure_decode(
+        tmp_path, arms="empty,static/vanilla", tokens=3, runs=1, shape=shape, lengths=[620], tests_passed=True
+    )
     shown = table.speed_table(tmp_path)
-    assert "| 3 layers, width 64, float32, 620 tokens, batch 1 | `empty` |" in shown
+    for name in ("empty", "static/vanilla"):
+        assert f"| 3 layers, width 64, float32, 620 tokens, batch 1 | `{name}` |" in shown
     assert table.UNMEASURED in shown
 
 

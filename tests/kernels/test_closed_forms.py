@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from replaced import noise, replaced
+from support.dense import visible
+from support.eager import additive, padded
 
 from mmfix_kernels import (
     AttentionCall,
@@ -36,12 +38,6 @@ IDS = ["-".join(str(value) for value in kind.values()) for kind in KINDS]
 by_backend = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 
 
-def padded(rows: int, keys: int, pad: int) -> torch.Tensor:
-    mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows).repeat(2, 1, 1, 1)
-    mask[1, :, :, :pad] = False
-    return mask
-
-
 def make(rows: int, keys: int, width: int = 16, heads: int = 4, kv_heads: int = 2, pad: int = 0, **options: Any) -> Any:
     """A call of two batch rows; with `pad`, the second is padded on the left and labelled so."""
     random = torch.Generator().manual_seed(rows * 100 + keys)
@@ -62,7 +58,7 @@ CALLS = {
     "padded": make(9, 9, pad=3),
     "padded row": make(3, 12, pad=4),
     "per head": make(5, 5, mask=torch.ones(5, 5).tril().bool() & (torch.arange(4) < 9)[None, :, None, None]),
-    "additive": make(4, 6, mask=torch.zeros(2, 1, 4, 6).masked_fill(~padded(4, 6, 0), torch.finfo(torch.float32).min)),
+    "additive": make(4, 6, mask=additive(padded(4, 6, 0), torch.finfo(torch.float32).min)),
 }
 
 
@@ -70,11 +66,7 @@ def plain64(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights in float64 and the allowed keys."""
     repeats = call.query.shape[1] // call.key.shape[1]
     scores = call.query.double() @ call.key.double().repeat_interleave(repeats, 1).transpose(2, 3) * call.factor
-    seen = torch.ones_like(scores, dtype=torch.bool)
-    if call.mask is not None:
-        seen &= call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min
-    elif call.is_causal:
-        seen &= torch.ones_like(seen[0, 0]).tril()
+    seen, _ = visible(call.mask, call.is_causal, tuple(scores.shape))
     return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0), seen
 
 
@@ -151,7 +143,7 @@ def test_no_chunk_holds_a_map(kind: dict[str, Any], mask: bool, monkeypatch: pyt
     call = replace(call, edits=[MapReplacement(**kind), HeadScale(scale=torch.linspace(0, 2, 4))])
     whole = grouped_attention(call, "sdpa")
     monkeypatch.setattr(closed_forms, "CHUNK", 1)
-    monkeypatch.setattr(sdpa, "_dense", lambda *args: pytest.fail("the whole map was made"))
+    monkeypatch.setattr(sdpa, "dense_rows", lambda *args: pytest.fail("the whole map was made"))
     if kind["kind"] == "uniform":
         monkeypatch.setattr(closed_forms, "plain_weights", lambda *args: pytest.fail("scores were made"))
     pieces = grouped_attention(call, "sdpa")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.calls import BACKENDS, causal, edit_sets, groups, random_call
 from support.dense import dense
+from support.eager import additive, eager
 
 from mmfix_kernels import Attended, AttentionCall, Label, grouped_attention
 
@@ -17,25 +18,10 @@ by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_edits = pytest.mark.parametrize("edits", EDITS)
 
 
-def eager(call: AttentionCall) -> torch.Tensor:
-    """Plain attention as transformers writes it, in the call's dtype: the yardstick for errors."""
-    repeats = call.query.shape[1] // call.key.shape[1]
-    key, value = (t.repeat_interleave(repeats, 1) for t in (call.key, call.value))
-    scores = call.query @ key.transpose(-1, -2) * call.factor
-    mask = call.mask
-    if mask is None and call.is_causal:
-        mask = causal(*scores.shape[-2:])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).nan_to_num(0.0)
-    return weights.to(call.query.dtype) @ value
-
-
 def plain64(call: AttentionCall) -> torch.Tensor:
     """Plain attention in float64."""
     wide = {name: getattr(call, name).double() for name in ("query", "key", "value")}
-    mask = call.mask if call.mask is None or call.mask.dtype == torch.bool else call.mask.double()
-    return eager(replace(call, **wide, mask=mask))
+    return eager(replace(call, **wide))
 
 
 def allowance(call: AttentionCall, largest: float) -> float:
@@ -110,8 +96,8 @@ def test_grouped_query_heads(backend: str, edits: str, heads: int, kv_heads: int
         {"is_causal": True, "q_len": 19},
         {"mask": None, "is_causal": False},
         {"mask": causal(5, 19, 2, pad=4)},
-        {"mask": torch.zeros(2, 1, 5, 19).masked_fill(~causal(5, 19, 2, pad=4), float("-inf"))},
-        {"mask": torch.zeros(2, 1, 5, 19).masked_fill(~causal(5, 19, 2, pad=4), torch.finfo(torch.float32).min)},
+        {"mask": additive(causal(5, 19, 2, pad=4))},
+        {"mask": additive(causal(5, 19, 2, pad=4), torch.finfo(torch.float32).min)},
         {"mask": torch.linspace(-1, 1, 2 * 4 * 5 * 19).view(2, 4, 5, 19)},
         {"mask": torch.linspace(-1, 1, 19).view(1, 1, 1, 19)},
         {"mask": causal(5, 19, 2, pad=4)[:, :, -1:]},

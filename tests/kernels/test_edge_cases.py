@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.calls import BACKENDS, GATE, VAR_MOVE, causal, edit_sets, groups, random_call
 from support.dense import dense
+from support.eager import additive
 
 from mmfix_kernels import (
     AttentionCall,
@@ -21,8 +22,8 @@ from mmfix_kernels import (
     Rows,
     ScoreEdit,
     grouped_attention,
-    sdpa,
 )  # fmt: skip
+from mmfix_kernels import dense as dense_path
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 MOVE = MassMove(source=Group.SINK, target=Group.IMAGE_NONSINK, share=0.6)
@@ -92,7 +93,7 @@ def test_a_padding_row_is_zeros(backend: str, edits: str, kind: str) -> None:
     """Left padding: rows that see nothing give zeros and no mass, and are not counted; others are as without it."""
     mask = causal(7, 7, 2, pad=3)
     if kind == "float":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+        mask = additive(mask)
     call = random_call(7, 7, edits=edit_sets()[edits], mask=mask, masses="all")
     got = grouped_attention(call, backend)
     assert got.output.isfinite().all()
@@ -223,7 +224,7 @@ def test_chunks_change_nothing(edits: str, chunk: int, masses: Any, monkeypatch:
         call = random_call(9, 9, edits=edit_sets()[edits], masses=masses, **options)
         whole = grouped_attention(call, "sdpa")
         with monkeypatch.context() as patch:
-            patch.setattr(sdpa, "CHUNK", chunk)
+            patch.setattr(dense_path, "CHUNK", chunk)
             pieces = grouped_attention(call, "sdpa")
         torch.testing.assert_close(pieces.output, whole.output)
         assert torch.equal(pieces.fired, whole.fired)

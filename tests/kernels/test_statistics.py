@@ -10,7 +10,16 @@ import torch
 from support.calls import causal, edit_sets, random_call
 from support.dense import dense
 
-from mmfix_kernels import AttentionCall, HeadScale, MapReplacement, Rows, closed_forms, column_mass, head_divergence
+from mmfix_kernels import (
+    AttentionCall,
+    HeadScale,
+    MapReplacement,
+    Rows,
+    closed_forms,
+    column_mass,
+    head_divergence,
+    row_weights,
+)
 from mmfix_kernels.statistics import column_reference
 
 
@@ -68,3 +77,32 @@ def test_head_divergence() -> None:
     assert got.backend == "reference"
     with pytest.raises(ValueError, match="expected"):
         head_divergence(heads, heads[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "additive", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_rows_of_weights_are_those_of_the_whole_map(kind: str, softcap: float | None) -> None:
+    """Grouped queries, a shared prefix, a row that sees nothing: against a map written out in float64."""
+    torch.manual_seed(5)
+    query, key, prefix = torch.randn(4, 4, 7, 8), torch.randn(4, 2, 7, 8), torch.randn(2, 2, 3, 8)
+    shared = {} if kind == "causal" else {"prefix_key": prefix, "prefix_value": prefix}
+    whole = key if kind == "causal" else torch.cat([prefix.repeat_interleave(2, 0), key], 2)
+    allowed = torch.ones(4, 1, 7, whole.shape[2], dtype=torch.bool)
+    if kind != "none":
+        allowed = allowed.tril(whole.shape[2] - 7).clone()
+    if kind in ("bool", "additive"):
+        allowed[1, :, 2] = False
+    mask = None if kind in ("causal", "none") else allowed
+    if kind == "additive":
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    call = AttentionCall(
+        query=query, key=key, value=key, mask=mask, is_causal=kind == "causal", softcap=softcap, **shared
+    )
+    scores = query.double() @ whole.double().repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    want = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    rows = torch.tensor([[6, 0], [2, 5], [3, 3], [1, 6]])
+    got = row_weights(call, rows)
+    for b in range(4):
+        torch.testing.assert_close(got[b].double(), want[b][:, rows[b]], atol=1e-6, rtol=0)

@@ -19,11 +19,11 @@ STEPS = 3
 
 
 def noisy(pixels: Tensor, step: int, seed: int) -> Tensor:
-    """v' from the schedule written out, one beta at a time, and the recorded noise of a generator of its own."""
+    """v' from the schedule written out, one beta at a time, and the recorded noise."""
     abar = 1.0
     for i in range(step + 1):
         abar *= 1 - ((5e-3 - 1e-5) / (1 + math.exp(6 - 12 * i / 999)) + 1e-5)
-    noise = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed))
+    noise = DiffusionNoise(seed=seed).noise(pixels.shape)
     return math.sqrt(abar) * pixels + math.sqrt(1 - abar) * noise
 
 
@@ -53,10 +53,36 @@ def test_the_noisy_picture_at_the_default_step() -> None:
     pixels = vlm.picture(3, 1)
     for step, signal, noise in ((500, 0.8630, 0.5052), (999, 0.2850, 0.9585)):
         got = DiffusionNoise(step=step, seed=2)(pixels)
-        drawn = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(2))
+        drawn = DiffusionNoise(seed=2).noise(pixels.shape)
         torch.testing.assert_close(got, signal * pixels + noise * drawn, atol=5e-4, rtol=0)
         torch.testing.assert_close(got, noisy(pixels, step, 2), atol=1e-5, rtol=0)
     assert VCD().branches(None)[0].pixels == DiffusionNoise(step=500, seed=0)  # type: ignore[arg-type]
+
+
+def test_the_noise_is_standard_normal() -> None:
+    """By its quantiles, its moments and the lack of correlation between neighbours, channels and seeds."""
+    noise = DiffusionNoise(seed=1).noise((3, 3, 128, 128))
+    wanted = torch.distributions.Normal(0.0, 1.0)
+    for share in (0.001, 0.05, 0.25, 0.5, 0.75, 0.95, 0.999):
+        assert abs(float((noise < wanted.icdf(torch.tensor(share))).float().mean()) - share) < 0.01 * max(share, 0.1)
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    others = (noise.roll(1, -1), noise.roll(1, -2), noise.roll(1, 0), DiffusionNoise(seed=2).noise(noise.shape))
+    assert all(abs(float((noise * other).mean())) < 0.02 for other in others)
+
+
+def test_the_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
+    """Another picture, a larger canvas, padding pictures, and packing in one row of patches."""
+    change = DiffusionNoise(step=800, seed=4)
+    alone = change(torch.ones(1, 3, 6, 8))
+    canvas = torch.ones(2, 5, 3, 9, 10)
+    canvas[1, 3:] = 0  # pictures that only fill up the batch
+    changed = change(canvas)
+    assert torch.equal(changed[1, 2, :, :6, :8], alone[0])
+    assert not changed[1, 3:].any()
+    packed = change(torch.ones(7, 12), lengths=[4, 3])
+    assert torch.equal(packed[4:], change(torch.ones(3, 12)))
+    assert not torch.equal(packed[:3] * 1, packed[3:6])
 
 
 def test_one_documented_default_per_parameter() -> None:

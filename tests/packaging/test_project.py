@@ -36,9 +36,12 @@ def test_readme_is_short_and_shows_the_two_ways_first() -> None:
 
 def test_readme_lists_every_method() -> None:
     text = (ROOT / "README.md").read_text()
+    index = (ROOT / "docs" / "methods" / "README.md").read_text()
     for name, info in mmfix.methods().items():
-        row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), None)
-        assert row is not None, f"README has no table line for {name}"
+        (kind,) = [line for line in text.splitlines() if line.startswith(f"| {info.kind} |")]
+        assert f"[{name}](docs/methods/{name}.md)" in kind
+        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+        (row,) = [line for line in index.splitlines() if line.startswith(f"| `{name}` |")]
         assert info.title in row
         assert info.paper.removeprefix("arXiv:") in row
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ def test_generated_parts_are_up_to_date() -> None:
 
 def test_the_model_card_is_up_to_date() -> None:
     assert card.CARD.read_text() == card.card(RECIPES["small"])
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry that forgets what the test registers."""
-    module = sys.modules["mmfix.method"]  # the package's attribute of that name is a function
-    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
 
 
 @pytest.mark.usefixtures("registry")

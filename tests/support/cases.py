@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from support import steered
+
 from mmfix.method import Method, method, methods
 
 
@@ -19,6 +21,9 @@ class Case:
         active: with these it changes the logits of every prompt with an image.
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
         whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
+        any_pieces: how a prompt is cut makes no difference, as long as its first piece holds an image.
+        ahead: what it does to a row depends on the whole prompt, which must then come in one piece.
+        sees_pictures: it reads the vision tower, so that embeddings made elsewhere are refused.
         other_prompt: it puts other tokens into the prompt of a row, which needs left-padded ids in one piece.
         longer_prompt: and makes it longer, which a cache of fixed size does not hold.
     """
@@ -27,6 +32,9 @@ class Case:
     identity: dict[str, Any] | None = None
     whole_pictures: bool = False
     other_prompt: bool = False
+    any_pieces: bool = False
+    ahead: bool = False
+    sees_pictures: bool = False
     longer_prompt: bool = False
 
 
@@ -35,6 +43,16 @@ HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "he
 CASES: dict[str, Case] = {
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
+    "act": Case(active={"heads": "all", "threshold": 0.06}, identity={"heads": "all", "keep": 1.0}, ahead=True),
+    "paint": Case(identity={"alpha": 0.0, "beta": 0.0}, sees_pictures=True),
+    "vseam": Case(
+        active={"heads": ((0, 3, 0.7), (1, 2, 0.6), (2, 0, -0.8), (3, 1, 0.9), (3, 3, -1.0))},
+        identity={"heads": ((1, 2, 0.6), (2, 0, -0.8)), "strength": 0.0},
+        any_pieces=True,
+    ),
+    "retrieval-heads": Case(
+        active={"heads": ((0, 1), (1, 2), (2, 0), (3, 1), (3, 2))}, identity={"heads": ()}, any_pieces=True
+    ),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "cca": Case(whole_pictures=True),
     "frame-block": Case(identity={"layers": ()}, whole_pictures=True),
@@ -48,9 +66,16 @@ CASES: dict[str, Case] = {
     "causalmm": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-vision": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
     "causalmm-language": Case(active={"epsilon": 1e-9}, identity={"gamma": 0.0, "epsilon": 1e-9}),
+    "avisc": Case(active={"deviations": 0.5, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
+    "damro": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "deco": Case(
+        active={"top_p": 1.0, "top_k": 1000},
+        identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
+    ),
+    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
-        active={"tokens": (41,), "at": "question", "beta": 1e-9},
+        active={"tokens": (12,), "at": "question", "beta": 1e-9},
         identity={"alpha": 0.0, "beta": 1e-9},
         other_prompt=True,
     ),
@@ -60,16 +85,23 @@ CASES: dict[str, Case] = {
     "positional-hidden": Case(
         active={"dims": (3, 7, 12), "factor": -4.0, "layers": (1, 2, 3)}, identity={"dims": (3,), "factor": 1.0}
     ),
+    "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
+    "memvr": Case(active={"ratio": 0.9, "threshold": 0.1, "layers": (0, 1, 2)}, identity={"ratio": 0.0}, ahead=True),
+    "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}, ahead=True),
+    "vti": Case(
+        active={"directions": steered.FOLDER, "alpha_text": 3.0, "alpha_image": 3.0},
+        identity={"alpha_text": 0.0, "alpha_image": 0.0},
+    ),
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
 # logits as they are (tests/contract/test_branches.py), and SoFA and PINE change nothing in a prompt with a single
 # image (tests/methods/test_sofa.py, test_pine.py).
 NAMES = tuple(name for name in methods() if name not in ("pine", "plausibility", "sofa"))
-# Methods that edit the last row of a prompt, so that they must know which one it is.
-NEWEST_ROW = ("hgai", "pai", "positional-hidden", "spin")
+# Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
+NEWEST_ROW = ("avisc", "hgai", "memvr", "pai", "paint", "positional-hidden", "sid", "spin", "vista")
 # Methods that combine logits: at most one of them at a time.
 CONTRASTS = tuple(name for name in NAMES if methods()[name].kind in ("contrast", "prompt"))
 TOGETHER = tuple(name for name in NAMES if name not in CONTRASTS[1:])

@@ -57,7 +57,8 @@ def pixtral() -> Any:
 
 def llava(words: Any, vision: Any, **more: Any) -> Any:
     return finish(hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(text_config=words, vision_config=vision, image_token_index=IMAGE_ID, **more)))  # fmt: skip
+        hf.LlavaConfig(text_config=words, vision_config=vision, image_token_index=IMAGE_ID, image_seq_length=9,
+                       **more)))  # fmt: skip
 
 
 def llava_siglip() -> Any:
@@ -125,7 +126,8 @@ def glm4v() -> Any:
 def internvl() -> Any:
     vision = hf.InternVLVisionConfig(**TOWER, image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=1.0)
     return finish(hf.InternVLForConditionalGeneration(hf.InternVLConfig(
-        text_config=text(hf.Qwen2Config), vision_config=vision, image_token_id=IMAGE_ID)))  # fmt: skip
+        text_config=text(hf.Qwen2Config), vision_config=vision, image_token_id=IMAGE_ID,
+        image_seq_length=4)))  # fmt: skip
 
 
 def idefics2() -> Any:

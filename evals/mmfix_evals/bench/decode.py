@@ -64,7 +64,7 @@ def measure_decode(
     """
     on = torch.device(device)
     checked = require_green(on, tests_passed)
-    shape = shape or (models.LARGE if on.type == "cuda" else models.SMALL)
+    shape = shape or models.shape_for(on)
     model = models.build(on, shape)
     names = split_methods(arms)
     names = [models.VANILLA, *(name for name in names if name != models.VANILLA)]
@@ -140,6 +140,8 @@ def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str,
     device = inputs["input_ids"].device
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(arm.enter())
+        if arm.compiles:
+            arm.run(inputs, tokens)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -166,16 +168,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for decode.jsonl")
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--methods", default=DEFAULT_ARMS, help="vanilla, empty, eager-maps, sequential, or methods")
+    parser.add_argument(
+        "--methods", default=DEFAULT_ARMS, help="vanilla, empty, eager-maps, sequential, or methods; static/ARM"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[640])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--layers", type=int, help="of the language model; default 32 on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tests-passed", action="store_true", help="the caller has just run tests/kernels, all green")
     args = parser.parse_args(argv)
+    shape = models.shape_for(torch.device(args.device), args.layers)
     try:
         measure_decode(
-            args.out, args.device, args.methods, args.lengths, args.batches, args.tokens, args.runs,
+            args.out, args.device, args.methods, args.lengths, args.batches, args.tokens, args.runs, shape,
             tests_passed=args.tests_passed,
         )  # fmt: skip
     except RedTests as problem:

@@ -6,16 +6,20 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from mmfix_evals.errors import UsageError
+
 IMAGE_ID = 5
 IMAGE_TOKENS = 576
 SYSTEM_TOKENS = 35
 VANILLA, EMPTY, EAGER, SEQUENTIAL = "vanilla", "empty", "eager-maps", "sequential"
+STATIC = "static/"  # before another arm: a cache of fixed size
 # VAR's gate set open, so that its edit acts on random weights too.
 OPEN_VAR = "var:sink_dims=[0,1],tau=2,min_image_mass=0,max_sink_share=1"
 
@@ -37,6 +41,12 @@ class Shape:
 
 SMALL = Shape()
 LARGE = Shape(32, 4096, torch.bfloat16, 24, 1024)  # LLaVA-1.5-7B
+
+
+def shape_for(device: torch.device, layers: int | None = None) -> Shape:
+    """LLaVA-1.5-7B on a GPU, a small model elsewhere; with another number of layers where it is given."""
+    shape = LARGE if device.type == "cuda" else SMALL
+    return shape if layers is None else replace(shape, layers=layers)
 
 
 def build(device: torch.device, shape: Shape) -> LlavaForConditionalGeneration:
@@ -91,14 +101,22 @@ class Arm:
     backend: str
     enter: Callable[[], AbstractContextManager[Any]]
     run: Callable[[dict[str, Any], int], object]
+    compiles: bool = False  # each time it is entered: an answer that is not timed comes first
 
 
 def arm(model: Any, text: str) -> Arm:
     """An arm from its text: ``vanilla``, ``empty``, ``eager-maps``, ``sequential``, or a method as in ``mmfix eval``.
 
-    A method may be followed by ``@backend`` to force one.
+    A method may be followed by ``@backend`` to force one. ``static/`` before a method, ``empty`` or ``vanilla`` decodes
+    it on a cache of fixed size, which `generate` compiles on a GPU, with CUDA graphs.
     """
     spec, _, backend = text.partition("@")
+    fixed = spec.startswith(STATIC)
+    spec = spec.removeprefix(STATIC)
+    if fixed and spec in (EAGER, SEQUENTIAL):
+        raise UsageError(f"arm {text!r}: {spec} has no cache of fixed size; put {STATIC} before a method or {VANILLA}")
+    if fixed:
+        return Arm(text, backend, lambda: compiled(model, spec, backend), partial(greedy_static, model), compiles=True)
     if spec in (VANILLA, EAGER, SEQUENTIAL):
         run = {VANILLA: greedy, EAGER: greedy_with_maps, SEQUENTIAL: two_branches_in_turn}[spec]
         return Arm(text, "", nullcontext, lambda inputs, tokens: run(model, inputs, tokens))
@@ -107,6 +125,14 @@ def arm(model: Any, text: str) -> Arm:
         return mitigated(model, spec, backend)
 
     return Arm(text, backend, enter, lambda inputs, tokens: greedy(model, inputs, tokens))
+
+
+@contextmanager
+def compiled(model: Any, spec: str, backend: str) -> Iterator[None]:
+    """`mitigated`, or the plain model, with nothing compiled before."""
+    torch._dynamo.reset()  # else what earlier rounds compiled fills its cache
+    with nullcontext() if spec == VANILLA else mitigated(model, spec, backend):
+        yield
 
 
 @contextmanager
@@ -130,6 +156,11 @@ def mitigated(model: Any, spec: str, backend: str) -> Iterator[None]:
 def greedy(model: Any, inputs: dict[str, Any], tokens: int, **more: Any) -> Any:
     """Exactly `tokens` greedy tokens."""
     return model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **more)
+
+
+def greedy_static(model: Any, inputs: dict[str, Any], tokens: int) -> Any:
+    """`greedy` on a cache of fixed size; its decoding steps are compiled on a GPU."""
+    return greedy(model, inputs, tokens, cache_implementation="static")
 
 
 def greedy_with_maps(model: Any, inputs: dict[str, Any], tokens: int) -> Any:

@@ -14,6 +14,7 @@ from mmfix_evals.cli import (
     compare,
     describe,
     fetch,
+    heads,
     info,
     judge,
     merge,
@@ -21,7 +22,10 @@ from mmfix_evals.cli import (
     run,
     score,
     serve,
+    tune,
 )
+from mmfix_evals.cli import calibrate_more as _calibrate_more  # noqa: F401 - enters its commands
+from mmfix_evals.cli import calibrate_vti as _calibrate_vti  # noqa: F401 - enters its command
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
 app = typer.Typer(
@@ -50,11 +54,13 @@ evaluate.command("report", epilog=report.EXAMPLE)(report.report_command)
 evaluate.command("list", epilog=compare.LIST_EXAMPLE)(compare.list_command)
 app.command("describe", epilog=describe.EXAMPLE)(describe.describe_command)
 app.command("methods", epilog=info.METHODS_EXAMPLE)(info.methods_command)
+app.command("heads", epilog=heads.EXAMPLE)(heads.heads_command)
 app.command("doctor", epilog=info.DOCTOR_EXAMPLE)(info.doctor_command)
 app.add_typer(calibrate.app, name="calibrate")
 bench.app.command("scoring", epilog=bench_scoring.EXAMPLE)(bench_scoring.scoring_command)
 app.add_typer(bench.app, name="bench")
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve_command)
+app.command("tune", epilog=tune.EXAMPLE)(tune.tune_command)
 
 
 def _print_version(wanted: bool) -> None:

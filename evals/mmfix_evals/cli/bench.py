@@ -50,7 +50,11 @@ def decode_command(
     out: Out = Path("runs/speed"),
     device: Device = "auto",
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated: vanilla, empty, eager-maps, sequential, or methods.")
+        str | None,
+        typer.Option(
+            help="Comma-separated: vanilla, empty, eager-maps, sequential, or methods; static/ before one decodes "
+            "on a cache of fixed size, compiled on a GPU."
+        ),
     ] = None,
     length: Annotated[list[int] | None, typer.Option(help="Prompt tokens, from 612 on; repeatable.", min=612)] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Rows per batch; repeatable.", min=1)] = None,
@@ -67,6 +71,8 @@ def decode_command(
     """
     from dataclasses import replace
 
+    import torch
+
     from mmfix_evals.bench import decode, model
     from mmfix_evals.cli.quiet import hush
     from mmfix_evals.errors import EvalError
@@ -74,8 +80,8 @@ def decode_command(
 
     hush()
     on = _device(device)
-    shape = model.LARGE if on.startswith("cuda") else model.SMALL
-    shape = replace(shape, layers=layers or shape.layers, width=width or shape.width)
+    shape = model.shape_for(torch.device(on), layers)
+    shape = replace(shape, width=width or shape.width)
     arms = decode.DEFAULT_ARMS if methods is None else methods
     try:
         path = decode.measure_decode(

@@ -49,14 +49,14 @@ def sinks_command(
     """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`."""
     if limit < 1 or batch_size < 1:
         raise UsageError("--limit and --batch-size: give numbers of 1 or more")
-    pictures = list(_pictures(images, limit))
+    pictures = list(pictures_of(images, limit))
     from mmfix import calibration
     from mmfix_decoding import Decoder
     from mmfix_evals.cli.quiet import hush
 
     hush()
     decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
-    found = calibration.find_sinks(decoder.model, _batches(decoder, pictures, prompt, batch_size))
+    found = calibration.find_sinks(decoder.model, batches_of(decoder, pictures, prompt, batch_size))
     path = calibration.save(decoder.model, found, save_to)
     if as_json:
         typer.echo(json.dumps({**asdict(found), "file": str(path)}, indent=1))
@@ -75,7 +75,7 @@ def sinks_command(
     typer.echo(f"Next: mmfix describe PICTURE --model {model} --method var")
 
 
-def _pictures(folder: Path | None, limit: int) -> Iterator[Image]:
+def pictures_of(folder: Path | None, limit: int) -> Iterator[Image]:
     if folder is None:
         from mmfix_evals import tinyworld
 
@@ -93,7 +93,7 @@ def _pictures(folder: Path | None, limit: int) -> Iterator[Image]:
         yield load_image(path)
 
 
-def _batches(decoder: Any, pictures: list[Image], prompt: str, size: int) -> Iterator[dict[str, Any]]:
+def batches_of(decoder: Any, pictures: list[Image], prompt: str, size: int) -> Iterator[dict[str, Any]]:
     """Processor outputs, as the decoder itself makes them."""
     from mmfix_decoding import prompts
 

@@ -28,6 +28,10 @@ def compare_command(
     other_prompts: Annotated[
         bool, typer.Option("--other-prompts", help="Across runs: prompts may differ, they are what is compared.")
     ] = False,
+    match_length: Annotated[
+        bool,
+        typer.Option("--match-length", help="CHAIR with the longer of two captions cut to the length of the shorter."),
+    ] = False,
     resamples: Annotated[
         int | None, typer.Option(help=f"Bootstrap resamples; default: the run's ({RESAMPLES}).")
     ] = None,
@@ -41,7 +45,7 @@ def compare_command(
     """
     from dataclasses import replace
 
-    from mmfix_evals import compare_table, tables
+    from mmfix_evals import compare_table, length_table, tables
     from mmfix_evals.compare import compare
     from mmfix_evals.results import open_run
 
@@ -57,6 +61,7 @@ def compare_command(
         intersect=intersect,
         other_prompts=other_prompts,
         settings=settings,
+        match_length=match_length,
     )
     for warning in found.warnings:
         typer.echo(f"mmfix: warning: {warning}", err=True)
@@ -64,8 +69,13 @@ def compare_command(
         typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return
     console = tables.console_for(typer.get_text_stream("stdout"))
-    tables.print_sections(console, compare_table.sections(found, every_metric), compare_table.COLUMNS)
-    for note in compare_table.footnotes(found):
+    if match_length:
+        tables.print_sections(console, length_table.sections(found.entries), length_table.COLUMNS)
+        notes = [*length_table.footnotes(found.entries), *found.notes]
+    else:
+        tables.print_sections(console, compare_table.sections(found, every_metric), compare_table.COLUMNS)
+        notes = compare_table.footnotes(found)
+    for note in notes:
         typer.echo(note)
 
 

@@ -24,7 +24,10 @@ OPTIONAL = {
 }
 
 
-def methods_command(as_json: JSON = False) -> None:
+def methods_command(
+    as_json: JSON = False,
+    table: Annotated[bool, typer.Option("--table", help="A Markdown table, with the families each runs on.")] = False,
+) -> None:
     """List the methods: paper, kind, cost, parameters."""
     from mmfix.method import methods
 
@@ -32,7 +35,11 @@ def methods_command(as_json: JSON = False) -> None:
     if as_json:
         typer.echo(json.dumps(listed, indent=1, ensure_ascii=False, default=str))
         return
-    from mmfix_evals import tables
+    from mmfix_evals import method_pages, tables
+
+    if table:
+        typer.echo(method_pages.table(method_pages.families()))
+        return
 
     rows = [
         tables.Row((e["name"], e["title"], e["paper"], e["kind"], f"{e['passes']:g}", "yes" if e["trained"] else "no"))

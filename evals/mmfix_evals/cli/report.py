@@ -69,10 +69,13 @@ def _print(folders: list[Path], format_: str, every_metric: bool) -> None:
 
 
 def _text(folders: list[Path], kind: str, every_metric: bool) -> str:
-    from mmfix_evals import report, results, tables
+    from mmfix_evals import length_table, report, results, tables
 
     if kind == "md":
-        parts = [tables.markdown(results.read(folder), every_metric) for folder in folders]
+        found = [results.read(folder) for folder in folders]
+        parts = [
+            "\n".join(filter(None, (tables.markdown(one, every_metric), length_table.markdown(one)))) for one in found
+        ]
         named = [f"## {folder.name}\n\n{part}" for folder, part in zip(folders, parts, strict=True)]
         return parts[0] if len(parts) == 1 else "\n".join(named)
     runs = report.read(folders)

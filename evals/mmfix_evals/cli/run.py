@@ -27,7 +27,8 @@ def run_command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +. "
+            help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +, "
+            "@all (every method that can run on the model), or those of a kind: @contrast, @mask, … "
             "Differences and speeds are reported relative to greedy."
         ),
     ] = "greedy,var,vhr",
@@ -50,6 +51,10 @@ def run_command(
             help="Prompts per batch, or auto: as many as fit. Halved when memory runs out; no answer depends on it.",
         ),
     ] = "16",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with benchmark files, for tasks about real pictures; default: MMFIX_DATA."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")] = 0,
     world_seed: Annotated[int, typer.Option(help="Another value draws other TinyWorld pictures.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
@@ -121,6 +126,7 @@ def run_command(
         shard=part,
         engine=engine,
         workers=workers,
+        data=data and data.resolve(),
     )
     config.check()  # before the seconds that importing torch takes
     hush(quiet)

@@ -121,18 +121,39 @@ def known(kind: str, given: str, choices: Any) -> None:
 
 
 def show(score: dict[str, Any], as_json: bool, echo: Callable[..., None] = typer.echo) -> None:
-    """A score as JSON, or as lines of name and value with the warnings on standard error."""
+    """A score as JSON, or as lines of name, value and interval with the warnings on standard error."""
     if as_json:
         echo(json.dumps(score, indent=1, ensure_ascii=False))
         return
+    drawn = score.get("intervals", {})
     for name, value in score.items():
         if isinstance(value, float):
-            echo(f"{name:<14} {value:.6f}")
+            echo(f"{name:<14} {value:.6f}{_interval(drawn.get(name))}")
         elif value is None:
             echo(f"{name:<14} {'none' if name == 'truncate' else 'undefined'}")
         elif isinstance(value, (int, str)):
             echo(f"{name:<14} {value}")
     for split, part in score.get("splits", {}).items():
-        echo(f"{split:<14} " + "  ".join(f"{k} {v:.6f}" for k, v in part.items() if isinstance(v, float)))
+        own = part.get("intervals", {})
+        values = (f"{k} {v:.6f}{_interval(own.get(k))}" for k, v in part.items() if isinstance(v, float))
+        echo(f"{split:<14} " + "  ".join(values))
+    if "interval_method" in score:
+        echo(_method(score["interval_method"]))
     for warning in score["warnings"]:
         echo(f"mmfix: warning: {warning}", err=True)
+
+
+def _interval(drawn: dict[str, Any] | None) -> str:
+    if drawn is None or drawn["ci_low"] is None:
+        return ""
+    return f" [{drawn['ci_low']:.6f}, {drawn['ci_high']:.6f}]"
+
+
+def _method(how: dict[str, Any]) -> str:
+    count, unit = how["n_units"], how["unit"]
+    if count < 2:
+        return f"no intervals: there is one {unit} only" if count else "no intervals: nothing was scored"
+    return (
+        f"[intervals]    {how['confidence']:.0%}, {how['name']}: {count} x {unit} drawn {how['resamples']} times, "
+        f"seed {how['seed']}"
+    )

@@ -29,11 +29,13 @@ from mmfix_evals.metrics.amber_metrics import (
     TYPES,
     UNDEFINED,
     amber_score,
+    amber_score_of,
     official,
     values,
 )
 from mmfix_evals.metrics.amber_text import Similarity
 from mmfix_evals.metrics.amber_truth import BLOCK_OF_TYPE, GENERATIVE, Amber, match, read_folder
+from mmfix_evals.metrics.intervals import grouped, intervals, method
 
 __all__ = [
     "COUNT_KEYS",
@@ -66,13 +68,13 @@ def per_image(
     parser: str = "official",
 ) -> dict[str, dict[str, int]]:
     """Picture → counts of "generative" (keys as in `GENERATIVE_KEYS`) or of a block of questions (`COUNT_KEYS`)."""
-    found: dict[str, dict[str, int]] = {}
-    for kind, item, row in _rows(amber, responses, (block,), similar, threshold, parser):
-        if kind == block or kind in BLOCKS.get(block, ()):
-            total = found.setdefault(amber.image(item), dict.fromkeys(row, 0))
-            for key, value in row.items():
-                total[key] += value
-    return found
+    return _per_image(amber, block, _rows(amber, responses, (block,), similar, threshold, parser))
+
+
+def _per_image(amber: Amber, block: str, rows: Rows) -> dict[str, dict[str, int]]:
+    keys = GENERATIVE_KEYS if block == GENERATIVE else COUNT_KEYS
+    kinds = BLOCKS.get(block, (block,))
+    return grouped([(amber.image(item), row) for kind, item, row in rows if kind in kinds], keys)
 
 
 def score(
@@ -95,7 +97,7 @@ def score(
     Returns:
         `splits` (block → unrounded metrics, `n`, `n_expected`, `n_unparsed`, `counts`, `official`), `amber_score`,
         `evaluation_type`, `positive_class`, `parser`, `threshold`, `nouns` (given or nltk), `n`, `n_unparsed`,
-        `remarks`, `warnings`.
+        `intervals` (of `amber_score`; those of a block stand in the block), `interval_method`, `remarks`, `warnings`.
 
     Raises:
         DataError: a bad id or response; names the place.
@@ -110,6 +112,9 @@ def score(
     rows = _rows(amber, responses, blocks, similar, threshold, parser)
     expected = Counter(BLOCK_OF_TYPE.get(item["type"], GENERATIVE) for item in amber.items)
     splits = {block: _block(block, rows, expected) for block in blocks}
+    for block, part in splits.items():
+        keys, metrics = (GENERATIVE_KEYS, GENERATIVE_METRICS) if block == GENERATIVE else (COUNT_KEYS, METRICS)
+        part["intervals"] = intervals(_per_image(amber, block, rows), keys, metrics, part["n"])
     f1, chair = splits.get("discriminative", {}).get("f1"), splits.get(GENERATIVE, {}).get("chair")
     questions = [row for kind, _, row in rows if kind != GENERATIVE]
     return {
@@ -122,10 +127,24 @@ def score(
         "threshold": threshold,
         "nouns": _source_of_nouns(amber, responses) if GENERATIVE in blocks else None,
         "splits": splits,
+        "intervals": _score_interval(amber, rows) if {GENERATIVE, "discriminative"} <= splits.keys() else {},
+        "interval_method": method("image" if amber.images else "item", {amber.image(item) for _, item, _ in rows}),
         "remarks": ['precision, recall and F1 are of the answer "no"']
         + [f"existence: {EXISTENCE_REMARK}"] * ("existence" in blocks),
         "warnings": _warnings(splits, questions, parser),
     }
+
+
+def _score_interval(amber: Amber, rows: Rows) -> dict[str, Any]:
+    """That of `amber_score`, whose two halves are about the same images."""
+    halves = [_per_image(amber, block, rows) for block in (GENERATIVE, "discriminative")]
+    keys = (*(f"g.{key}" for key in GENERATIVE_KEYS), *(f"d.{key}" for key in COUNT_KEYS))
+    joined: dict[str, dict[str, int]] = {}
+    for start, half in zip("gd", halves, strict=True):
+        for image, row in half.items():
+            own = joined.setdefault(image, dict.fromkeys(keys, 0))
+            own.update({f"{start}.{key}": count for key, count in row.items()})
+    return intervals(joined, keys, {"amber_score": amber_score_of}, len(rows))
 
 
 def _rows(

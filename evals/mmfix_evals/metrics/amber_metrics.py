@@ -132,3 +132,10 @@ def _percent(total: Mapping[str, int], above: str, below: str, start: float = ST
 def amber_score(chair: float | None, harmonic: float | None) -> float | None:
     """((1 − CHAIR) + F1) / 2 as a fraction; as described for AMBER, but not computed by its published script."""
     return None if chair is None or harmonic is None else ((1 - chair) + harmonic) / 2
+
+
+def amber_score_of(c: Counts) -> Counts:
+    """`amber_score` of summed counts `[..., 14]`: the generative columns, then the discriminative ones."""
+    split = len(GENERATIVE_KEYS)
+    found: Counts = ((1 - GENERATIVE_METRICS["chair"](c[..., :split])) + f1(c[..., split:])) / 2
+    return found

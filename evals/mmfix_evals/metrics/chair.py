@@ -12,18 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from mmfix_evals import files, stats
+from mmfix_evals import files
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.metrics import chair_text, chair_truth, chair_wordnet
-from mmfix_evals.metrics.chair_metrics import COUNT_KEYS, METRICS, UNDEFINED
-from mmfix_evals.metrics.chair_text import Token
-from mmfix_evals.metrics.coco_words import DOUBLE_WORDS, coco_nodes, read_synonyms
+from mmfix_evals.metrics.chair_metrics import COUNT_KEYS, METRICS, ChairScore, total_score
+from mmfix_evals.metrics.chair_text import FLAVOUR, Token, merge_double_words
+from mmfix_evals.metrics.coco_words import coco_nodes, read_synonyms
 
 __all__ = [
     "COUNT_KEYS",
@@ -41,10 +38,8 @@ __all__ = [
     "score_files",
 ]
 
-FLAVOUR = "pattern"
 FLAVOURS = {FLAVOUR: chair_text.tokens, "wordnet": chair_wordnet.tokens}
 """Flavour → from a caption to its tokens. The first is the default."""
-FIRST_WORDS = frozenset(pair.split(" ")[0] for pair in DOUBLE_WORDS)
 UNKNOWN_IMAGE = ("error", "empty")
 TRUNCATE = (None, "last-period")
 
@@ -63,32 +58,6 @@ class Analysis(NamedTuple):
 
     tokens: list[Token]
     mentions: list[Mention]
-
-
-@dataclass(frozen=True)
-class ChairScore:
-    """Corpus values as unrounded fractions (None: undefined); `length` is a mean number of tokens."""
-
-    chair_s: float | None
-    chair_i: float | None
-    recall: float | None
-    precision: float | None
-    f1: float | None
-    length: float | None
-    n: int
-    warnings: tuple[str, ...] = ()
-    flavour: str = FLAVOUR
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def len_upstream(self) -> float | None:
-        """`Len` as OPERA and PAI compute it: 0.01 · tokens / n, in this order."""
-        return 0.01 * self.counts["tokens"] / self.n if self.n else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the metrics, `n`, `flavour`, `len_upstream`, `counts`, `warnings`."""
-        own = {name: getattr(self, name) for name in (*METRICS, "n", "flavour", "len_upstream")}
-        return own | {"counts": dict(self.counts), "warnings": list(self.warnings)}
 
 
 class Chair:
@@ -114,9 +83,14 @@ class Chair:
         else:
             self.nodes = synonyms if isinstance(synonyms, Mapping) else read_synonyms(synonyms)
 
-    def analyse(self, caption: str) -> Analysis:
-        """Tokens and mentions of a caption. `seat` does not count beside `toilet`, as in every version of CHAIR."""
-        merged = merge_double_words(FLAVOURS[self.flavour](caption))
+    def analyse(self, caption: str, limit: int | None = None) -> Analysis:
+        """Tokens and mentions of a caption. `seat` does not count beside `toilet`, as in every version of CHAIR.
+
+        Args:
+            caption: the text as generated.
+            limit: look at the first so many tokens only. A double word is one token and thus never cut in two.
+        """
+        merged = merge_double_words(FLAVOURS[self.flavour](caption))[:limit]
         words = {token.word for token in merged}
         dropped = "seat" if {"toilet", "seat"} <= words else None
         found = [
@@ -130,14 +104,15 @@ class Chair:
         """Every mention, in order of appearance; `start` and `end` index the caption as given."""
         return self.analyse(caption).mentions
 
-    def counts(self, caption: str, gt_nodes: AbstractSet[str]) -> dict[str, int]:
+    def counts(self, caption: str, gt_nodes: AbstractSet[str], limit: int | None = None) -> dict[str, int]:
         """Counts of one caption, keys as in `COUNT_KEYS`; sums of them give every metric.
 
         Args:
             caption: the text as generated.
             gt_nodes: nodes that are in the picture.
+            limit: count in the first so many tokens only.
         """
-        merged, found = self.analyse(caption)
+        merged, found = self.analyse(caption, limit)
         named = {mention.node for mention in found}
         hallucinated = sum(mention.node not in gt_nodes for mention in found)
         return {
@@ -174,7 +149,8 @@ class Chair:
         _check_option("unknown_image", unknown_image, UNKNOWN_IMAGE)
         _check_option("truncate", truncate, TRUNCATE)
         truth = {str(image): frozenset(nodes) for image, nodes in gt.items()}
-        summed, unknown, seen, repeated = dict.fromkeys(COUNT_KEYS, 0), set[str](), set[str](), set[str]()
+        rows: list[tuple[str, dict[str, int]]] = []
+        unknown, seen, repeated = set[str](), set[str](), set[str]()
         for index in range(len(captions)):
             image, caption = _record(captions, index)
             (repeated if image in seen else seen).add(image)
@@ -187,10 +163,9 @@ class Chair:
                 unknown.add(image)
             if truncate == "last-period":
                 caption = cut_after_last_period(caption)
-            for key, count in self.counts(caption, truth.get(image, frozenset())).items():
-                summed[key] += count
+            rows.append((image, self.counts(caption, truth.get(image, frozenset()))))
         strange = sorted(set().union(*truth.values()) - set(self.nodes.values()))
-        return _score(summed, len(unknown), strange, len(repeated), self.flavour)
+        return total_score(rows, len(unknown), strange, len(repeated), self.flavour)
 
 
 def _check_option(name: str, given: str | None, choices: Sequence[str | None]) -> None:
@@ -208,45 +183,6 @@ def _record(captions: Sequence[Mapping[str, Any]], index: int) -> tuple[str, str
             'every record needs {"image_id": …, "caption": "text"}'
         )
     return str(image), caption
-
-
-def _score(summed: Mapping[str, int], unknown: int, strange: Sequence[str], repeated: int, flavour: str) -> ChairScore:
-    vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
-    values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
-    warnings = [f"{name} is undefined: {UNDEFINED[name]}" for name, found in values.items() if found is None]
-    if unknown:
-        warnings.append(f"{unknown} images have no ground truth: everything said about them counts as hallucinated")
-    if repeated:
-        warnings.append(f"{repeated} images have several captions: each of them is counted")
-    if strange:
-        warnings.append(f"no word can name these objects of the ground truth: {', '.join(strange[:5])}")
-    return ChairScore(
-        chair_s=values["chair_s"],
-        chair_i=values["chair_i"],
-        recall=values["recall"],
-        precision=values["precision"],
-        f1=values["f1"],
-        length=values["length"],
-        n=summed["captions"],
-        warnings=tuple(warnings),
-        flavour=flavour,
-        counts=dict(summed),
-    )
-
-
-def merge_double_words(single: Sequence[Token]) -> list[Token]:
-    """Join consecutive tokens that form one word, from left to right, each token used once."""
-    merged, i = [], 0
-    while i < len(single):
-        token = single[i]
-        i += 1
-        if token.word in FIRST_WORDS and i < len(single):
-            word = DOUBLE_WORDS.get(f"{token.word} {single[i].word}")
-            if word is not None:
-                token = Token(word, token.start, single[i].end)
-                i += 1
-        merged.append(token)
-    return merged
 
 
 def cut_after_last_period(caption: str) -> str:

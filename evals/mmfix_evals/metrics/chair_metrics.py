@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmfix_evals import stats
+from mmfix_evals.metrics.chair_text import FLAVOUR
+from mmfix_evals.metrics.intervals import Rows, grouped, intervals, method
 
 COUNT_KEYS = (
     "hallucinated_caption",
@@ -71,3 +75,75 @@ UNDEFINED = {
     "f1": "recall or precision is undefined, or both are 0",
     "length": "there are no captions",
 }
+
+
+@dataclass(frozen=True)
+class ChairScore:
+    """Corpus values as unrounded fractions (None: undefined); `length` is a mean number of tokens.
+
+    `rows` holds the image and the counts of every caption.
+    """
+
+    chair_s: float | None
+    chair_i: float | None
+    recall: float | None
+    precision: float | None
+    f1: float | None
+    length: float | None
+    n: int
+    warnings: tuple[str, ...] = ()
+    flavour: str = FLAVOUR
+    counts: Mapping[str, int] = field(default_factory=dict)
+    rows: Rows = field(default=(), repr=False)
+
+    @property
+    def len_upstream(self) -> float | None:
+        """`Len` as OPERA and PAI compute it: 0.01 · tokens / n, in this order."""
+        return 0.01 * self.counts["tokens"] / self.n if self.n else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: metrics, `n`, `flavour`, `len_upstream`, `counts`, `warnings`, `intervals`, `interval_method`."""
+        own = {name: getattr(self, name) for name in (*METRICS, "n", "flavour", "len_upstream")}
+        images = grouped(self.rows, COUNT_KEYS)
+        drawn = {
+            "intervals": intervals(images, COUNT_KEYS, METRICS, self.n),
+            "interval_method": method("image", images),
+        }
+        return own | {"counts": dict(self.counts), "warnings": list(self.warnings)} | drawn
+
+
+def total_score(
+    rows: Sequence[tuple[str, dict[str, int]]], unknown: int, strange: Sequence[str], repeated: int, flavour: str
+) -> ChairScore:
+    """The score of captions, given the image and the counts of each.
+
+    Args:
+        rows: image and counts of every caption.
+        unknown: number of images without ground truth.
+        strange: objects of the ground truth that no word can name.
+        repeated: number of images with several captions.
+        flavour: of CHAIR.
+    """
+    summed = {key: sum(row[key] for _, row in rows) for key in COUNT_KEYS}
+    vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
+    values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
+    warnings = [f"{name} is undefined: {UNDEFINED[name]}" for name, found in values.items() if found is None]
+    if unknown:
+        warnings.append(f"{unknown} images have no ground truth: everything said about them counts as hallucinated")
+    if repeated:
+        warnings.append(f"{repeated} images have several captions: each of them is counted")
+    if strange:
+        warnings.append(f"no word can name these objects of the ground truth: {', '.join(strange[:5])}")
+    return ChairScore(
+        chair_s=values["chair_s"],
+        chair_i=values["chair_i"],
+        recall=values["recall"],
+        precision=values["precision"],
+        f1=values["f1"],
+        length=values["length"],
+        n=summed["captions"],
+        warnings=tuple(warnings),
+        flavour=flavour,
+        counts=summed,
+        rows=tuple(rows),
+    )

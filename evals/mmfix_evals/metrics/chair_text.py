@@ -7,12 +7,13 @@ NLTK data and without CLiPS Pattern, neither of which can be installed by pip al
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mmfix_evals.errors import MissingDependency
 from mmfix_evals.metrics.abbreviations import ABBREVIATIONS
+from mmfix_evals.metrics.coco_words import DOUBLE_WORDS
 
 # A run of non-space characters that holds a possible end of sentence; possessive, so linear in the text.
 RUN_WITH_END = re.compile(r"(?<!\S)[^\s.?!]*+[.?!]\S*")
@@ -29,8 +30,10 @@ PLAIN_SENTENCE = re.compile(
 )
 PLAIN_TOKEN = re.compile(r"[a-z-]+|[,.]")
 
+FLAVOUR = "pattern"
 UNCHANGED_ENDINGS = ("collies", "doggies", "cookies", "veggies")  # Pattern's "-ie" words + s
 BUS_ENDINGS = ("minibuses", "airbuses")
+FIRST_WORDS = frozenset(pair.split(" ")[0] for pair in DOUBLE_WORDS)
 # Where textblob and Pattern disagree about a whole word.
 PATTERN_WORDS = {"as": "as", "christmas": "christmas", "jeans": "jean"}
 
@@ -59,6 +62,21 @@ def tokens(caption: str) -> tuple[Token, ...]:
     if back is not None:
         found = [Token(word, back[start], back[end - 1] + 1) for word, start, end in found]
     return tuple(found)
+
+
+def merge_double_words(single: Sequence[Token]) -> list[Token]:
+    """Join consecutive tokens that form one word, from left to right, each token used once."""
+    merged, i = [], 0
+    while i < len(single):
+        token = single[i]
+        i += 1
+        if token.word in FIRST_WORDS and i < len(single):
+            word = DOUBLE_WORDS.get(f"{token.word} {single[i].word}")
+            if word is not None:
+                token = Token(word, token.start, single[i].end)
+                i += 1
+        merged.append(token)
+    return merged
 
 
 def positions(caption: str, lowered: str) -> list[int] | None:

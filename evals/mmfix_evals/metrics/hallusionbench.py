@@ -34,6 +34,7 @@ from mmfix_evals.metrics.hallusionbench_rows import (
     same_prompts,
     whole,
 )
+from mmfix_evals.metrics.intervals import intervals, method
 
 __all__ = [
     "COUNT_KEYS",
@@ -139,10 +140,12 @@ def score(records: Records, variant: str = "exact") -> dict[str, Any]:
 
     Returns:
         The `METRICS`, `splits` (VD and VS), `error_analysis` (None without a judge's verdicts), `n`, `n_unparsed`
-        (unclear or without exactly one of yes and no), `variant`, `counts`, `warnings`.
+        (unclear or without exactly one of yes and no), `variant`, `intervals` (sets are drawn: a picture with its
+        edited versions), `interval_method`, `counts`, `warnings`.
     """
     rows = judge_rows(records, variant)
-    total = summed(per_image(rows, variant))
+    sets = per_image(rows, variant)
+    total = summed(sets)
     found = values(total)
     warnings = [
         f"{name} is undefined: {UNDEFINED.get(name, 'no such questions')}" for name in found if found[name] is None
@@ -158,17 +161,25 @@ def score(records: Records, variant: str = "exact") -> dict[str, Any]:
     parts = {name: [row for row in rows if row.category == name] for name in QUESTIONS}
     if any(len(parts[name]) != expected for name, expected in QUESTIONS.items()):
         warnings.append(f"not the whole benchmark: {len(rows)} of {sum(QUESTIONS.values())} questions")
-    splits = {name: values(summed(per_image(part, variant))) | {"n": len(part)} for name, part in parts.items() if part}
+    splits = {name: _split(part, variant) for name, part in parts.items() if part}
     return {
         **found,
         "n": len(rows),
         "n_unparsed": int(total["unparsed"]),
         "variant": variant,
         "splits": splits,
+        "intervals": intervals(sets, COUNT_KEYS, METRICS, len(rows)),
+        "interval_method": method("set of pictures", sets),
         "error_analysis": analysis,
         "counts": total,
         "warnings": warnings,
     }
+
+
+def _split(rows: Sequence[Row], variant: str) -> dict[str, Any]:
+    sets = per_image(rows, variant)
+    found = values(summed(sets)) | {"n": len(rows)}
+    return found | {"intervals": intervals(sets, COUNT_KEYS, METRICS, len(rows))}
 
 
 def score_files(

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmfix_evals import stats
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.files import place
+from mmfix_evals.metrics.intervals import intervals, method
 from mmfix_evals.metrics.mme_files import Records, pictures, read_folder
+from mmfix_evals.metrics.mme_metrics import COUNT_KEYS, GROUPS, KEYS, METRICS, TASKS, Counts, column, formulas
 from mmfix_evals.metrics.parsers import Verdict
 from mmfix_evals.metrics.parsers import vlmeval as vlmeval_parser
 from mmfix_evals.metrics.pope_match import label_of
@@ -37,36 +37,7 @@ __all__ = [
     "score_files",
 ]
 
-PERCEPTION = {
-    "existence": 60,
-    "count": 60,
-    "position": 60,
-    "color": 60,
-    "posters": 294,
-    "celebrity": 340,
-    "scene": 400,
-    "landmark": 400,
-    "artwork": 400,
-    "OCR": 40,
-}
-COGNITION = {"commonsense_reasoning": 140, "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40}
-TASKS = {**PERCEPTION, **COGNITION}
-"""Task → number of questions in the benchmark."""
-GROUPS: dict[str, tuple[str, ...]] = {
-    "perception": tuple(PERCEPTION),
-    "cognition": tuple(COGNITION),
-    "hallucination": ("existence", "count", "position", "color"),
-    "hallucination_object": ("existence", "count"),
-    "hallucination_attribute": ("position", "color"),
-}
-"""Total → the tasks whose scores are added; the hallucination subset is that of VCD, HALC and OPERA-style papers."""
-
-KEYS = ("questions", "correct", "images", "both", "tp", "fp", "tn", "fn", "unparsed")
-COUNT_KEYS = tuple(f"{task}.{key}" for task in TASKS for key in KEYS)
-"""Order of the columns of a count matrix `[..., 126]`: nine counts of each task; see `counts`."""
 PREFIX = 4  # characters of the answer in which yes or no is looked for
-
-Counts = NDArray[np.float64]
 
 
 def _prefix(text: str) -> Verdict:
@@ -120,50 +91,6 @@ def parse(text: str, variant: str = "official") -> Verdict:
     return VARIANTS[variant](text)
 
 
-def _column(c: Counts, task: str, key: str) -> Counts:
-    return c[..., COUNT_KEYS.index(f"{task}.{key}")]
-
-
-def accuracy(c: Counts, task: str) -> Counts:
-    """Right answers / questions of a task, of counts `[..., 126]`; NaN without questions."""
-    return stats.ratio(_column(c, task, "correct"), _column(c, task, "questions"))
-
-
-def accuracy_plus(c: Counts, task: str) -> Counts:
-    """Pictures with both answers right / pictures of a task, of counts `[..., 126]`; NaN without pictures."""
-    return stats.ratio(_column(c, task, "both"), _column(c, task, "images"))
-
-
-def precision(c: Counts, task: str) -> Counts:
-    """TP / (TP + FP) of a task, of counts `[..., 126]`; NaN if nothing is answered yes."""
-    return stats.ratio(_column(c, task, "tp"), _column(c, task, "tp") + _column(c, task, "fp"))
-
-
-def recall(c: Counts, task: str) -> Counts:
-    """TP / (TP + FN) of a task, of counts `[..., 126]`; NaN without such answers."""
-    return stats.ratio(_column(c, task, "tp"), _column(c, task, "tp") + _column(c, task, "fn"))
-
-
-def task_score(c: Counts, task: str) -> Counts:
-    """100·acc + 100·acc+ of a task, of counts `[..., 126]`; NaN without questions."""
-    return accuracy(c, task) * 100 + accuracy_plus(c, task) * 100
-
-
-def group_score(c: Counts, tasks: Sequence[str]) -> Counts:
-    """Sum of task scores, of counts `[..., 126]`; NaN if one of them is undefined."""
-    total = np.zeros(c.shape[:-1])
-    for task in tasks:
-        total = total + task_score(c, task)
-    return total
-
-
-METRICS: dict[str, Callable[[Counts], Counts]] = {
-    **{name: partial(group_score, tasks=tasks) for name, tasks in GROUPS.items()},
-    **{task: partial(task_score, task=task) for task in TASKS},
-}
-"""Totals and task scores of summed counts `[..., 126]`; a total is NaN unless all of its tasks have questions."""
-
-
 def counts(task: str, pair: Sequence[Mapping[str, Any]], variant: str = "official") -> dict[str, int]:
     """Counts of the two questions about one picture, keys as in `KEYS`; sums of them give every metric.
 
@@ -215,40 +142,40 @@ def score(data: Mapping[str, Records], variant: str = "official") -> dict[str, A
     Returns:
         `perception`, `cognition`, `hallucination` and its two halves (None unless all their tasks are there),
         `splits` (per task `score`, `accuracy`, `accuracy_plus`, `precision`, `recall` and counts), `n`, `n_images`,
-        `n_unparsed`, `variant`, `positive_class`, `warnings`. Scores are points, accuracies fractions.
+        `n_unparsed`, `variant`, `positive_class`, `intervals` (also per task), `interval_method`, `warnings`.
+        Scores are points, accuracies fractions.
 
     Raises:
         DataError: unknown task, lines of different pictures paired, a bad label.
         UsageError: unknown variant.
     """
     parse("", variant)
-    summed = np.zeros(len(COUNT_KEYS))
-    for row in per_image(data, variant).values():
+    summed, images = np.zeros(len(COUNT_KEYS)), per_image(data, variant)
+    for row in images.values():
         summed += np.array([row[key] for key in COUNT_KEYS], dtype=np.float64)
     tasks = {task: _task(summed, task) for task in TASKS if task in data}
+    for task, part in tasks.items():
+        mine = {image: row for image, row in images.items() if row[f"{task}.questions"]}
+        part["intervals"] = intervals(mine, COUNT_KEYS, formulas(task), part["questions"])
+    total = sum(part["questions"] for part in tasks.values())
     warnings = _warnings(tasks, variant)
     return {
         **{name: stats.value(METRICS[name], summed) for name in GROUPS},
-        "n": sum(part["questions"] for part in tasks.values()),
+        "n": total,
         "n_images": sum(part["images"] for part in tasks.values()),
         "n_unparsed": sum(part["unparsed"] for part in tasks.values()),
         "variant": variant,
         "positive_class": "yes",
         "splits": tasks,
+        "intervals": intervals(images, COUNT_KEYS, {name: METRICS[name] for name in GROUPS}, total),
+        "interval_method": method("image", images),
         "warnings": warnings,
     }
 
 
 def _task(summed: Counts, task: str) -> dict[str, Any]:
-    formulas = {
-        "score": task_score,
-        "accuracy": accuracy,
-        "accuracy_plus": accuracy_plus,
-        "precision": precision,
-        "recall": recall,
-    }
-    values = {name: stats.value(partial(formula, task=task), summed) for name, formula in formulas.items()}
-    return values | {key: int(_column(summed, task, key)) for key in KEYS}
+    values: dict[str, Any] = {name: stats.value(formula, summed) for name, formula in formulas(task).items()}
+    return values | {key: int(column(summed, task, key)) for key in KEYS}
 
 
 def _warnings(tasks: Mapping[str, Mapping[str, Any]], variant: str) -> list[str]:

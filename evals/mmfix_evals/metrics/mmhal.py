@@ -18,6 +18,7 @@ from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.files import place
 from mmfix_evals.metrics import judge
+from mmfix_evals.metrics.intervals import Rows, grouped, intervals, method, units
 
 __all__ = [
     "COUNT_KEYS",
@@ -108,12 +109,8 @@ def question_type(record: Mapping[str, Any], index: int) -> str:
 
 def per_image(records: Records, replies: Sequence[str], rule: str = "official") -> dict[str, dict[str, int]]:
     """Picture → counts, keys as in `COUNT_KEYS`."""
-    found: dict[str, dict[str, int]] = {}
-    for index, (record, reply) in enumerate(zip(records, replies, strict=True)):
-        total = found.setdefault(str(record.get("image_id", f"question {index}")), dict.fromkeys(COUNT_KEYS, 0))
-        for key, value in counts(reply, rule).items():
-            total[key] += value
-    return found
+    rows = [counts(reply, rule) for reply in replies]
+    return grouped(zip(units(records, "image_id"), rows, strict=True), COUNT_KEYS)
 
 
 def score(records: Records, replies: Sequence[str], rule: str = "official") -> dict[str, Any]:
@@ -125,7 +122,8 @@ def score(records: Records, replies: Sequence[str], rule: str = "official") -> d
         rule: one of `RULES`.
 
     Returns:
-        `score`, `hallucination_rate`, `splits` (the same per type), `n`, `n_unparsed`, `rule`, `counts`, `warnings`.
+        `score`, `hallucination_rate`, `splits` (the same per type), `n`, `n_unparsed`, `rule`, `intervals`,
+        `interval_method`, `counts`, `warnings`.
     """
     if len(records) != len(replies):
         raise DataError(f"{len(replies)} replies of the judge for {len(records)} questions; give one for each")
@@ -141,18 +139,27 @@ def score(records: Records, replies: Sequence[str], rule: str = "official") -> d
         warnings.append(f"not the whole benchmark: {len(rows)} of {QUESTIONS} questions")
     if any(not record.get("question_type") for record in records):
         warnings.append("types of questions are taken from their order, which no source confirms")
-    parts = {
-        kind: _sum([row for row, own in zip(rows, kinds, strict=True) if own == kind]) for kind in sorted({*kinds})
-    }
+    drawn = list(zip(units(records, "image_id"), rows, strict=True))
+    parts = {kind: [one for one, own in zip(drawn, kinds, strict=True) if own == kind] for kind in sorted({*kinds})}
     return {
         **values,
         "n": len(rows),
         "n_unparsed": total["unparsed"],
         "rule": rule,
-        "splits": {kind: _values(part) | {"n": part["questions"]} for kind, part in parts.items()},
+        "splits": {kind: _type(part) for kind, part in parts.items()},
+        "intervals": _intervals(drawn),
+        "interval_method": method("image", [unit for unit, _ in drawn], "question"),
         "counts": total,
         "warnings": warnings,
     }
+
+
+def _type(rows: Rows) -> dict[str, Any]:
+    return _values(_sum([row for _, row in rows])) | {"n": len(rows), "intervals": _intervals(rows)}
+
+
+def _intervals(rows: Rows) -> dict[str, Any]:
+    return intervals(grouped(rows, COUNT_KEYS), COUNT_KEYS, METRICS, len(rows))
 
 
 def _sum(rows: Sequence[Mapping[str, int]]) -> dict[str, int]:

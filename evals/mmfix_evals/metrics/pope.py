@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError
+from mmfix_evals.metrics.intervals import Rows, grouped, intervals, macro_intervals, method, units
 from mmfix_evals.metrics.parsers import NEVER_UNPARSED, PARSERS, Verdict, is_unparsed, parse
 from mmfix_evals.metrics.pope_match import answer_texts, label_of, question_labels
 
@@ -70,6 +71,7 @@ class PopeScore:
         n_unparsed: answers without a verdict; for official, opera and vcd, which never say so, the answers in which
             strict3way finds neither or both of yes and no.
         counts: TP, FP, … as in `COUNT_KEYS`.
+        rows: the image of every answer (the question itself where images are not stated) and its counts.
         upstream: what the published script of this parser prints, under its own names and with its own faults
             (zeros for undefined ratios, lmms-eval's yes ratio of the labels); None where that script raises.
     """
@@ -85,11 +87,13 @@ class PopeScore:
     warnings: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     upstream: Mapping[str, float | None] = field(default_factory=dict)
+    rows: Rows = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, keys `accuracy precision recall f1 yes_ratio n n_unparsed parser warnings counts upstream`."""
+        """JSON-able: the metrics, `n`, `n_unparsed`, `parser`, `warnings`, `counts`, `upstream`, `intervals`."""
         own = {name: getattr(self, name) for name in (*METRICS, "n", "n_unparsed", "parser")}
-        return own | {"warnings": list(self.warnings), "counts": dict(self.counts), "upstream": dict(self.upstream)}
+        said = {"warnings": list(self.warnings), "counts": dict(self.counts), "upstream": dict(self.upstream)}
+        return own | said | {"intervals": intervals(grouped(self.rows, COUNT_KEYS), COUNT_KEYS, METRICS, self.n)}
 
 
 def counts(label: str | int, text: str, parser: str = "official") -> dict[str, int]:
@@ -140,12 +144,13 @@ def score(
     parse("", parser, "no")  # an unknown parser is refused before the files are looked at
     labels = question_labels(questions)
     texts = answer_texts(questions, answers, warnings)
-    rows = [counts(label, text, parser) for label, text in zip(labels, texts, strict=True)]
+    drawn = units(questions, "image")
+    rows = [(unit, counts(label, text, parser)) for unit, label, text in zip(drawn, labels, texts, strict=True)]
     return _total(rows, labels, parser, warnings)
 
 
-def _total(rows: list[dict[str, int]], labels: list[str], parser: str, warnings: list[str]) -> PopeScore:
-    summed = {key: sum(row[key] for row in rows) for key in COUNT_KEYS}
+def _total(rows: Rows, labels: list[str], parser: str, warnings: list[str]) -> PopeScore:
+    summed = {key: int(sum(row[key] for _, row in rows)) for key in COUNT_KEYS}
     vector = np.array([summed[key] for key in COUNT_KEYS], dtype=np.float64)
     values = {name: stats.value(metric, vector) for name, metric in METRICS.items()}
     warnings += [f"{name} is undefined: {UNDEFINED[name]}" for name, value in values.items() if value is None]
@@ -159,6 +164,7 @@ def _total(rows: list[dict[str, int]], labels: list[str], parser: str, warnings:
         warnings=tuple(warnings),
         counts=summed,
         upstream=upstream(values, summed, labels, parser),
+        rows=tuple(rows),
     )
 
 
@@ -171,10 +177,10 @@ UNDEFINED = {
 }
 
 
-def _unparsed_warning(rows: list[dict[str, int]], summed: Mapping[str, int], parser: str) -> str:
+def _unparsed_warning(rows: Rows, summed: Mapping[str, int], parser: str) -> str:
     start = f"{summed['n_unparsed']} of {summed['n']} answers do not contain exactly one of the words yes and no"
     if parser in NEVER_UNPARSED:
-        silent = sum(row["n_unparsed"] and row["n_yes"] for row in rows)
+        silent = int(sum(row["n_unparsed"] and row["n_yes"] for _, row in rows))
         return f"{start}; parser {parser} counts {silent} of them as yes"
     return f"{summed['n_unparsed']} of {summed['n']} answers could not be parsed and count as wrong"
 
@@ -219,7 +225,8 @@ def score_files(
     the macro mean of F1 over them (`macro_f1`), because one mixed number hides the splits.
 
     Returns:
-        `PopeScore.to_dict()` with `questions_sha256`, `answers_sha256`, and `splits` and `macro_f1` as said.
+        `PopeScore.to_dict()` with `questions_sha256`, `answers_sha256`, `interval_method`, and `splits` and `macro_f1`
+        as said.
     """
     questions, answers = flat(files.read_rows(questions_path)), files.read_rows(answers_path)
     if not questions:
@@ -228,6 +235,7 @@ def score_files(
     result = total.to_dict()
     result["questions_sha256"] = files.sha256(questions_path)
     result["answers_sha256"] = files.sha256(answers_path)
+    result["interval_method"] = method("image", units(questions, "image"), "question")
     misspelt = sum("imange" in str(question.get("text", "")) for question in questions)
     if misspelt:
         result["warnings"].append(
@@ -235,11 +243,17 @@ def score_files(
         )
     categories = sorted({str(question["category"]) for question in questions if "category" in question})
     if len(categories) > 1:
-        splits = _by_category(questions, answers, parser, categories)
+        splits = _by_category(questions, total, categories)
         result["splits"] = {name: part.to_dict() for name, part in splits.items()}
         result["macro_f1"] = macro_mean(splits)
+        result["intervals"] |= _macro_interval(splits, total.n)
         result["warnings"].append(f"the total mixes the splits {', '.join(categories)}; see their own scores")
     return result
+
+
+def _macro_interval(splits: Mapping[str, PopeScore], n: int) -> dict[str, Any]:
+    parts = [grouped(part.rows, COUNT_KEYS) for part in splits.values()]
+    return macro_intervals(parts, COUNT_KEYS, {"macro_f1": f1}, n)
 
 
 def flat(rows: files.Rows) -> files.Rows:
@@ -262,12 +276,10 @@ def flat(rows: files.Rows) -> files.Rows:
 
 
 def _by_category(
-    questions: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], parser: str, names: Sequence[str]
+    questions: Sequence[Mapping[str, Any]], total: PopeScore, names: Sequence[str]
 ) -> dict[str, PopeScore]:
-    texts = answer_texts(questions, answers, [])
-    found = {}
+    labels, found = question_labels(questions), {}
     for name in names:
         chosen = [i for i, question in enumerate(questions) if str(question.get("category")) == name]
-        part = [questions[i] for i in chosen]
-        found[name] = score(part, [{"answer": texts[i]} for i in chosen], parser)
+        found[name] = _total([total.rows[i] for i in chosen], [labels[i] for i in chosen], total.parser, [])
     return found

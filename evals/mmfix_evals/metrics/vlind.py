@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mmfix_evals import files, stats
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.files import place
+from mmfix_evals.metrics.intervals import grouped, intervals, method
 from mmfix_evals.metrics.vlind_prompts import PROMPTS, STYLES, VOTES, good_images, parse, questions
 
 __all__ = [
@@ -174,12 +175,7 @@ def per_image(
     instances: Records, answers: Sequence[Mapping[str, str]], style: str = "all", votes: int = VOTES
 ) -> dict[str, dict[str, float]]:
     """Context (`concept/context_id`: its instances share their pictures) → counts, keys as in `COUNT_KEYS`."""
-    found: dict[str, dict[str, float]] = {}
-    for cluster, row in _rows(instances, answers, style, votes):
-        total = found.setdefault(cluster, dict.fromkeys(COUNT_KEYS, 0.0))
-        for key, value in row.items():
-            total[key] += value
-    return found
+    return grouped(_rows(instances, answers, style, votes), COUNT_KEYS)
 
 
 def _rows(
@@ -210,13 +206,14 @@ def score(
 
     Returns:
         `s_ck … acc_lp`, `true_ratio`, `n` (instances), `n_skipped`, `n_images`, `n_unparsed`, `style`,
-        `vote_threshold`, `splits` (the indicators per concept), `counts`, `official`, `warnings`.
+        `vote_threshold`, `splits` (the indicators per concept), `intervals` (contexts are drawn, whose instances share
+        their pictures), `interval_method`, `counts`, `official`, `warnings`.
     """
     rows = _rows(instances, answers, style, votes)
     total = _sum([row for _, row in rows])
     values = _values(total)
     concepts = sorted({cluster.split("/")[0] for cluster, _ in rows})
-    of_concept = {name: _sum([row for cluster, row in rows if cluster.split("/")[0] == name]) for name in concepts}
+    of_concept = {name: [(cluster, row) for cluster, row in rows if cluster.split("/")[0] == name] for name in concepts}
     warnings = [f"{name} is undefined: {UNDEFINED.get(name, 'no instance')}" for name in RATIOS if values[name] is None]
     if total["unparsed"]:
         warnings.append(
@@ -230,11 +227,22 @@ def score(
         "n_unparsed": int(total["unparsed"]),
         "style": style,
         "vote_threshold": votes,
-        "splits": {name: _values(part) | {"n": int(part["instances"])} for name, part in of_concept.items()},
+        "splits": {name: _concept(part) for name, part in of_concept.items()},
+        "intervals": _intervals(rows),
+        "interval_method": method("context", {cluster for cluster, _ in rows}),
         "counts": total,
         "official": official(values),
         "warnings": warnings,
     }
+
+
+def _concept(rows: Sequence[tuple[str, dict[str, float]]]) -> dict[str, Any]:
+    total = _sum([row for _, row in rows])
+    return _values(total) | {"n": int(total["instances"]), "intervals": _intervals(rows)}
+
+
+def _intervals(rows: Sequence[tuple[str, dict[str, float]]]) -> dict[str, Any]:
+    return intervals(grouped(rows, COUNT_KEYS), COUNT_KEYS, METRICS, len(rows))
 
 
 def _sum(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmfix_evals import machine, tables
+from mmfix_evals import length_table, machine, tables
 from mmfix_evals.errors import MissingDependency
 from mmfix_evals.report.browser import groups
 from mmfix_evals.report.plots import all_plots
@@ -36,6 +36,7 @@ def html(runs: Sequence[Reported], title: str = "mmfix report", baseline: str = 
         .render(
             title=title,
             columns=tables.COLUMNS,
+            matched_columns=length_table.COLUMNS,
             runs=[_run(run) for run in runs],
             # Matplotlib has escaped what it was given; everything else on the page is escaped by the template.
             plots=[{**vars(plot), "svg": Markup(plot.svg)} for plot in plots],
@@ -55,6 +56,8 @@ def _run(run: Reported) -> dict[str, Any]:
         "sections": tables.sections(results, every_metric=False),
         "full": tables.sections(results, every_metric=True),
         "notes": tables.footnotes(results),
+        "matched": length_table.sections(results.get("length_matched") or []),
+        "matched_notes": length_table.footnotes(results.get("length_matched") or []),
         "facts": facts(results),
         "status": results["status"],
     }

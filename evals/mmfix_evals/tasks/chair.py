@@ -11,6 +11,8 @@ from mmfix_evals import stats
 from mmfix_evals.metrics import chair
 from mmfix_evals.tasks.base import Counts, Document, Metric, Task
 
+LIMIT = "scored_tokens"
+"""Key of a sample: how many of the caption's tokens are scored, from the first on; absent: all of them."""
 COLUMNS = (
     *chair.COUNT_KEYS,
     "repeated_4grams",
@@ -71,25 +73,29 @@ class ChairTask(Task):
             ]
         }
 
+    def caption(self, sample: Mapping[str, Any]) -> str:
+        """The text of a sample that is scored."""
+        text: str = sample["response"]
+        return text
+
+    def truth(self, sample: Mapping[str, Any], flavour: str) -> set[str]:
+        """The nodes that are in the picture of a sample."""
+        return set(sample["ground_truth"])
+
     def counts(self, sample: Mapping[str, Any], flavour: str) -> Mapping[str, float]:
-        return self.caption_counts(
-            sample["response"], set(sample["ground_truth"]), set(sample.get("expected", ())), flavour
+        scorer, text, truth, limit = (
+            _chair(flavour),
+            self.caption(sample),
+            self.truth(sample, flavour),
+            sample.get(LIMIT),
         )
-
-    def caption_counts(self, text: str, truth: set[str], expected: set[str], flavour: str) -> Mapping[str, float]:
-        """The columns of one caption.
-
-        Args:
-            text: the caption.
-            truth: nodes in the picture.
-            expected: nodes that are not, but that the picture's context makes likely.
-            flavour: of CHAIR.
-        """
-        scorer = _chair(flavour)
-        repeated, fourgrams = repeated_fourgrams(text)
-        hallucinated = {mention.node for mention in scorer.mentions(text)} - truth
+        tokens, mentions = scorer.analyse(text, limit)
+        scored = text if limit is None else text[: tokens[-1].end if tokens else 0]
+        repeated, fourgrams = repeated_fourgrams(scored)
+        hallucinated = {mention.node for mention in mentions} - truth
+        expected = set(sample.get("expected", ()))
         return {
-            **scorer.counts(text, truth),
+            **scorer.counts(text, truth, limit),
             "repeated_4grams": repeated,
             "4grams": fourgrams,
             "hallucinated_objects": len(hallucinated),

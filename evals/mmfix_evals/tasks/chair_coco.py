@@ -91,16 +91,17 @@ class ChairCoco(ChairTask):
         given = [Path(self.option("ids"))] if self.option("ids") else []
         return {path.name: files.sha256(path) for path in (*pair, *given)}
 
-    def counts(self, sample: Mapping[str, Any], flavour: str) -> Mapping[str, float]:
+    def truth(self, sample: Mapping[str, Any], flavour: str) -> set[str]:
         if _key(flavour) not in sample:
             raise DataError(
                 f"{self.name}: the samples hold no ground truth of flavour {flavour}, because NLTK's data were missing "
                 "when they were made; run the task again with the data"
             )
-        text = sample["response"]
-        if self.option("truncate") == "last-period":
-            text = chair.cut_after_last_period(text)
-        return self.caption_counts(text, set(sample[_key(flavour)]), set(sample.get("expected", ())), flavour)
+        return set(sample[_key(flavour)])
+
+    def caption(self, sample: Mapping[str, Any]) -> str:
+        text = super().caption(sample)
+        return chair.cut_after_last_period(text) if self.option("truncate") == "last-period" else text
 
     def image(self, name: str) -> Image:
         return data.open_picture(data.root() / COCO_PICTURES[0] / name)

@@ -1,8 +1,8 @@
 """Where benchmark files lie, which ones are missing, and where they come from.
 
-Everything lies below one folder, ``$MMFIX_DATA`` (default: ``data`` in the user's cache). Question files can be
-downloaded from a pinned revision with ``mmfix eval fetch TASK``; pictures are too large for that and stay the user's
-own. Nothing is downloaded unasked.
+Everything lies below one folder: that of ``--data``, else ``$MMFIX_DATA``, else ``data`` in the user's cache.
+Question files can be downloaded from a pinned revision with ``mmfix eval fetch TASK``; pictures are too large for that
+and stay the user's own. Nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +56,22 @@ def root() -> Path:
     return Path(given) if given else files.cache_dir() / "data"
 
 
+@contextmanager
+def below(folder: Path | None) -> Iterator[None]:
+    """Look for data below ``folder`` in this process and in those that it starts; None: wherever they were before."""
+    if folder is None:
+        yield
+        return
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT, None)
+        if before is not None:
+            os.environ[ENVIRONMENT] = before
+
+
 def locate(task: str, wanted: Sequence[Source]) -> list[Path]:
     """The files, in order; ``FILE.gz`` will do for ``FILE``.
 
@@ -68,7 +85,7 @@ def locate(task: str, wanted: Sequence[Source]) -> list[Path]:
         advice = f"run `mmfix eval fetch {task}` or " if all(source.url for source in missing) else ""
         raise DataError(
             f"{task} needs {len(missing)} of its {len(wanted)} files in {root()}: {listed}. To get them, {advice}put "
-            f"them there; {ENVIRONMENT} names another folder"
+            f"them there; --data or {ENVIRONMENT} names another folder"
         )
     return [path for path in found if path is not None]
 
@@ -86,7 +103,7 @@ def need_pictures(task: str, folder: str, names: Sequence[str], origin: str) -> 
         listed = ", ".join(missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
         raise DataError(
             f"{task}: {len(missing)} of {len(set(names))} pictures are not in {base} ({listed}): unpack {origin} so "
-            f"that they lie there; {ENVIRONMENT} names another data folder"
+            f"that they lie there; --data or {ENVIRONMENT} names another data folder"
         )
 
 
@@ -99,7 +116,7 @@ def open_picture(path: Path) -> Image:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such picture; check {ENVIRONMENT}") from None
+        raise DataError(f"{path}: no such picture; check --data or {ENVIRONMENT}") from None
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
         raise DataError(f"{path}: not a readable picture ({problem}); unpack it again") from None
 

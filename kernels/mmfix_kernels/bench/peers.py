@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmfix_kernels import AttentionCall, backends, grouped_attention
+from mmfix_kernels import AttentionCall, ScoreEdit, backends, grouped_attention
 from mmfix_kernels.attention import BACKENDS
 
 Work = Callable[[], object]
@@ -85,7 +85,7 @@ def flex(call: AttentionCall) -> Work:
 
     assert call.groups is not None
     labels, length = call.groups.labels, call.query.shape[2]
-    gain = sum(edit.abs_gain for _, edit in call.score_edits)
+    gain = sum(edit.abs_gain for _, edit in call.score_edits if isinstance(edit, ScoreEdit))
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def lift(score: Any, b: Any, h: Any, row: Any, key: Any) -> Any:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from mmfix_kernels.call import Attended, AttentionCall
+from mmfix_kernels.keyed import KEYED
 from mmfix_kernels.triton.plan import Plan, conflict, make_plan, numbered
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,15 +41,23 @@ def unusable() -> str:
     return ""
 
 
-def why_not(call: AttentionCall) -> str:
-    """Why the kernels cannot serve the call; "" when they can."""
+def unfit(device: torch.device) -> str:
+    """Why the kernels serve no call on a device; "" when they serve some."""
     if reason := unusable():
         return reason
-    query, key, value = call.query, call.key, call.value
-    if query.device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not interpreted():
         return "no CUDA device holds the tensors"
-    if query.device.type == "cuda" and _old(query.device):
+    if device.type == "cuda" and _old(device):
         return "compute capability below 8.0"
+    return ""
+
+
+def why_not(call: AttentionCall) -> str:
+    """Why the kernels cannot serve the call; "" when they can."""
+    query, key, value = call.query, call.key, call.value
+    # A compiled decoding step does not ask the machine again: the prompt before it did.
+    if not torch.compiler.is_compiling() and (reason := unfit(query.device)):
+        return reason
     if call.softcap is not None:
         return "the kernel has no soft cap on scores"
     if call.prefix_key is not None and call.prefix_key.dtype != query.dtype:
@@ -59,6 +68,8 @@ def why_not(call: AttentionCall) -> str:
         return f"head width {max(query.shape[3], value.shape[3])} above {MAX_WIDTH}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "the kernel has no backward pass"
+    if any(isinstance(edit, KEYED) for edit in call.edits):
+        return "an edit names single keys or mixes heads"
     if call.head_selects or any(edit.mean_abs_gain for _, edit in call.score_edits):
         return "an edit compares heads, and a program of the kernel holds one"
     if call.splits:

@@ -54,17 +54,9 @@ def see_all(b_seen, b_bit, GROUPS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def absorb(
-    b_s,
-    b_v,
-    b_bit,
-    b_m,
-    b_sum,
-    b_acc,
-    CLASS: tl.constexpr,
-    BINS: tl.constexpr,
-    N_BINS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_s, b_v, b_bit, b_m, b_sum, b_acc,
+    CLASS: tl.constexpr, BINS: tl.constexpr, N_BINS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One block of keys into the state of one class.
 
     ``m' = max(m, max s)``, ``a = exp(m - m')``, ``sum' = a*sum + sum p``, ``acc' = a*acc + p·v``.
@@ -98,17 +90,9 @@ def absorb(
 
 @triton.jit
 def absorb_some(
-    b_s,
-    b_v,
-    b_bit,
-    b_m,
-    b_sum,
-    b_acc,
-    CLASS: tl.constexpr,
-    BINS: tl.constexpr,
-    N_BINS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_s, b_v, b_bit, b_m, b_sum, b_acc,
+    CLASS: tl.constexpr, BINS: tl.constexpr, N_BINS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`absorb` for one of several classes; a block without a key of the class costs one reduction over [N]."""
     b_in = (b_bit & CLASS) != 0  # [N]
     if tl.max(b_in.to(tl.int32), axis=0) > 0:

@@ -15,7 +15,7 @@ from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.edits import Rows, ScoreEdit
 from mmfix_kernels.triton.blocks import LOG2E, NEG_INF, edit_scores, matmul
 from mmfix_kernels.triton.epilogue import touched
-from mmfix_kernels.triton.kernels import head_bits, row_bits
+from mmfix_kernels.triton.rows import head_bits, row_bits
 
 
 @triton.jit(do_not_specialize=["S", "first", "labels_b", "mask_b", "mask_h", "mask_l"])
@@ -103,8 +103,8 @@ def column_mass(call: AttentionCall, rows: Rows) -> Tensor:
     names += ("mask_h", "mask_l", "mask_s", "heads_b", "q_b", "q_h", "q_l", "k_b", "k_h", "k_s", "p_q", "p_k", "H", "L")
     names += ("S", "lowest", "D", "BLOCK_D", "GROUP", "CAUSAL", "MASK", "N_SCORES", "SCORES", "ROWS", "PRECISION")
     chosen = None if call.groups is None else call.groups.rows[rows]
-    out = launch.empty(b, h, keys, like=call.query, dtype=torch.float32)
-    with torch.cuda.device_of(call.query):
+    out = tensors.empty(b, h, keys, like=call.query, dtype=torch.float32)
+    with tensors.on_device_of(call.query):
         column_kernel[(triton.cdiv(keys, tile[1]), b * h)](
             **{name: stream[name] for name in names}, p_lse=stats, p_out=out,
             p_chosen=None if chosen is None else chosen.contiguous().view(torch.uint8),
@@ -135,13 +135,12 @@ def divergence_kernel(p_a, p_b, p_distance, p_size, a_b, a_h, b_b, b_h, H, D: tl
 
 def head_divergence(heads: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
     """Float32[B, H] twice: see `mmfix_kernels.statistics.head_divergence`."""
-    from mmfix_kernels.triton.launch import empty
-    from mmfix_kernels.triton.tensors import power_of_two, unit_stride
+    from mmfix_kernels.triton.tensors import empty, on_device_of, power_of_two, unit_stride
 
     heads, without = unit_stride(heads), unit_stride(without)
     b, h, d = heads.shape
     distance, size = (empty(b, h, like=heads, dtype=torch.float32) for _ in range(2))
-    with torch.cuda.device_of(heads):
+    with on_device_of(heads):
         divergence_kernel[(b * h,)](
             heads, without, distance, size, *heads.stride()[:2], *without.stride()[:2], h,
             D=d, BLOCK_D=power_of_two(d), num_warps=1,

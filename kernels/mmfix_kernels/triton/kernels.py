@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: SIM102, SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
-"""The two attention kernels: `attend_kernel` streams over keys, `merge_kernel` joins the parts of a split stream.
+"""The streaming kernel: `attend_kernel` walks over keys; `merge.merge_kernel` joins the parts of a split walk.
 
 A program of `attend_kernel` owns BLOCK_M query rows. With FOLD the rows of all query heads of one key head form the
 row axis (decode: keys are read once for the whole group); without, a tile lies in one head (prefill). The state per
@@ -24,57 +24,10 @@ from mmfix_kernels.triton.maps import (
     STREAMED,
     drawn_weights,
     first_words,
-    kind_of_rows,
     sums_by_label,
 )
-
-
-@triton.jit
-def locate_rows(
-    tile, batch, head, start, stop, L, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
-    BRANCHES: tl.constexpr,
-):  # fmt: skip
-    """Batch row, query head, row and validity of a tile, [M] each; `head` is a key head under FOLD, else a query head.
-
-    `batch` counts prompts; the BRANCHES of one prompt are neighbouring batch rows.
-    """
-    b_index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    if FOLD:
-        b_inside = b_index % (GROUP * L)
-        b_item = batch * BRANCHES + b_index // (GROUP * L)
-        b_head = head * GROUP + b_inside // L
-        b_row = b_inside % L
-        b_valid = b_index < BRANCHES * GROUP * L
-    else:
-        b_item = batch + b_index * 0
-        b_head = head + b_index * 0
-        b_row = start + b_index
-        b_valid = b_row < stop
-    return b_item, b_head, b_row, b_valid
-
-
-@triton.jit
-def row_bits(p_rows1, p_rows2, p_rows3, b_item, b_row, b_valid, L):
-    """Bit 0: the row exists; bit k: row mask k touches it. [M]"""
-    b_bits = b_valid.to(tl.int32)
-    b_at = b_item * L + b_row
-    if p_rows1 is not None:
-        b_bits = b_bits | (tl.load(p_rows1 + b_at, mask=b_valid, other=0).to(tl.int32) << 1)
-    if p_rows2 is not None:
-        b_bits = b_bits | (tl.load(p_rows2 + b_at, mask=b_valid, other=0).to(tl.int32) << 2)
-    if p_rows3 is not None:
-        b_bits = b_bits | (tl.load(p_rows3 + b_at, mask=b_valid, other=0).to(tl.int32) << 3)
-    return b_bits
-
-
-@triton.jit
-def head_bits(p_heads, b_item, b_head, b_valid, heads_b):
-    """Bit n: the edit in slot n acts on this row's batch row and head; from bit 8 on the number of its map. [M]"""
-    if p_heads is not None:
-        b_bits = tl.load(p_heads + b_item * heads_b + b_head, mask=b_valid, other=0)
-    else:
-        b_bits = b_head * 0 + 15
-    return b_bits
+from mmfix_kernels.triton.rows import head_bits, locate_rows, row_bits
+from mmfix_kernels.triton.state import leave_class, leave_map, no_keys, no_map, parts
 
 
 @triton.jit
@@ -136,14 +89,8 @@ def attend_kernel(
     b_k_off = b_d[:, None] + b_n[None, :] * k_s  # [D, N]
     b_v_off = b_n[:, None] * v_s + b_dv[None, :]  # [N, D_V]
 
-    b_m0 = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    b_acc0 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_m0, b_acc0, b_sum, b_seen = no_keys(BLOCK_M, BLOCK_V, N_BINS)
     b_m1, b_m2, b_m3, b_acc1, b_acc2, b_acc3 = b_m0, b_m0, b_m0, b_acc0, b_acc0, b_acc0
-    b_seen = tl.zeros([BLOCK_M], tl.int32)
-    if N_BINS == 0:
-        b_sum = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        b_sum = tl.zeros([BLOCK_M, 8], tl.float32)
     if N_SCORES > 0:
         b_touch0 = touched(b_rows, b_heads, 0, ROWS)
         gain0, abs0, bias0 = tl.load(p_params), tl.load(p_params + 1), tl.load(p_params + 2)
@@ -154,22 +101,14 @@ def attend_kernel(
     begin = tl.program_id(2) * chunk  # a multiple of BLOCK_N
     end = tl.minimum(begin + chunk, S)
 
-    b_kind, b_norm, b_word = b_seen, b_seen, b_seen
-    b_racc, b_rsum, b_total, b_count = b_acc0, b_m0, b_m0, b_m0
-    b_rbins = b_m0
+    b_word = b_seen
+    b_kind, b_norm, b_racc, b_rsum, b_total, b_count, b_rbins = no_map(
+        p_maps, p_masses, b_heads, b_rows, BLOCK_V, MAPS, N_MAPS
+    )
     plain = True  # whether some row needs its scores
     mapped = False
-    if N_MAPS > 0:
-        b_kind = kind_of_rows(p_maps, b_heads, b_rows, 0)
-        b_norm = kind_of_rows(p_maps, b_heads, b_rows, 1)
-        b_count = tl.zeros([BLOCK_M], tl.float32)
     if (STREAMED & MAPS) != 0:
         mapped = tl.max(b_kind, axis=0) > 0
-        b_racc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        b_rsum = tl.zeros([BLOCK_M], tl.float32)
-        b_total = tl.zeros([BLOCK_M], tl.float32)
-        if p_masses is not None:
-            b_rbins = tl.zeros([BLOCK_M, 8], tl.float32)
         if N_MOVES == 0:
             plain = tl.max((b_valid & ((b_kind == 0) | (b_kind > 2))).to(tl.int32), axis=0) > 0
         if (DRAWN & MAPS) != 0:
@@ -291,33 +230,21 @@ def attend_kernel(
         b_part = (split * items + b_item * heads_here + head).to(tl.int64) * (GROUP * L)
         b_part += (tile * BLOCK_M + tl.arange(0, BLOCK_M)) % (GROUP * L)  # [M]
         tl.store(p_part_seen + b_part, b_seen, mask=b_valid)
-        STATE: tl.constexpr = 24 if (STREAMED & MAPS) != 0 else 12
-        N_ACC: tl.constexpr = N_CLASSES + (1 if (STREAMED & MAPS) != 0 else 0)
-        b_at = p_part_sum + b_part * STATE
+        b_at, b_to = parts(p_part_acc, p_part_sum, b_part, b_dv, D_V, N_CLASSES, MAPS)
+        b_mask = b_valid[:, None] & (b_dv < D_V)[None, :]
         if N_BINS == 0:
             tl.store(b_at, b_sum, mask=b_valid)
         else:
             tl.store(b_at[:, None] + tl.arange(0, 8)[None, :], b_sum, mask=b_valid[:, None])
-        b_mask = b_valid[:, None] & (b_dv < D_V)[None, :]
-        b_to = p_part_acc + (b_part * N_ACC * D_V)[:, None] + b_dv[None, :]
-        tl.store(b_at + 8, b_m0, mask=b_valid)
-        tl.store(b_to, b_acc0, mask=b_mask)
+        leave_class(b_at, b_to, b_valid, b_mask, b_m0, b_acc0, 0, D_V)
         if N_CLASSES > 1:
-            tl.store(b_at + 9, b_m1, mask=b_valid)
-            tl.store(b_to + D_V, b_acc1, mask=b_mask)
+            leave_class(b_at, b_to, b_valid, b_mask, b_m1, b_acc1, 1, D_V)
         if N_CLASSES > 2:
-            tl.store(b_at + 10, b_m2, mask=b_valid)
-            tl.store(b_to + 2 * D_V, b_acc2, mask=b_mask)
+            leave_class(b_at, b_to, b_valid, b_mask, b_m2, b_acc2, 2, D_V)
         if N_CLASSES > 3:
-            tl.store(b_at + 11, b_m3, mask=b_valid)
-            tl.store(b_to + 3 * D_V, b_acc3, mask=b_mask)
+            leave_class(b_at, b_to, b_valid, b_mask, b_m3, b_acc3, 3, D_V)
         if (STREAMED & MAPS) != 0:
-            tl.store(b_to + N_CLASSES * D_V, b_racc, mask=b_mask)
-            tl.store(b_at + 12, b_count, mask=b_valid)
-            tl.store(b_at + 13, b_rsum, mask=b_valid)
-            tl.store(b_at + 14, b_total, mask=b_valid)
-            if p_masses is not None:
-                tl.store(b_at[:, None] + 16 + tl.arange(0, 8)[None, :], b_rbins, mask=b_valid[:, None])
+            leave_map(p_masses, b_at, b_to, b_valid, b_mask, b_racc, b_rsum, b_total, b_count, b_rbins, N_CLASSES, D_V)
     else:
         finish(
             p_out, p_params, p_count, p_scale, p_fired, p_masses, p_stats,

@@ -1,32 +1,15 @@
 # mypy: ignore-errors
-# ruff: noqa: SIM108 (a branch on a constexpr is taken at compile time; as a statement it reads as one)
-"""Join the states that the chunks of a split key axis left behind; the same epilogue as an unsplit stream.
-
-``m = max m_i``, ``sum = Σ sum_i·exp(m_i - m)``, ``acc = Σ acc_i·exp(m_i - m)`` for each key class: the triple is
-associative, so any split of the keys gives the same state.
-"""
+"""Join the states that the chunks of a split key axis left behind; the same epilogue as an unsplit stream."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from mmfix_kernels.triton.blocks import NEG_INF
 from mmfix_kernels.triton.epilogue import finish, in_columns
-from mmfix_kernels.triton.kernels import head_bits, locate_rows, row_bits
-from mmfix_kernels.triton.maps import STREAMED, kind_of_rows
-
-
-@triton.jit
-def join(b_at, b_to, b_valid, b_mask, b_m, b_acc, N: tl.constexpr, D_V: tl.constexpr):
-    """Class N of one chunk into (b_m [M], b_acc [M, D_V]); returns both and the two rescaling factors [M]."""
-    b_part = tl.load(b_at + 8 + N, mask=b_valid, other=NEG_INF)
-    b_new = tl.maximum(b_m, b_part)
-    b_safe = tl.where(b_new == NEG_INF, 0.0, b_new)
-    b_old = tl.math.exp2(b_m - b_safe)
-    b_add = tl.math.exp2(b_part - b_safe)
-    b_more = tl.load(b_to + N * D_V, mask=b_mask, other=0.0)
-    return b_new, b_acc * b_old[:, None] + b_more * b_add[:, None], b_old, b_add
+from mmfix_kernels.triton.maps import STREAMED
+from mmfix_kernels.triton.rows import head_bits, locate_rows, row_bits
+from mmfix_kernels.triton.state import join_class, join_map, no_keys, no_map, parts
 
 
 @triton.jit(do_not_specialize=["splits", "mass_start"])
@@ -47,35 +30,17 @@ def merge_kernel(
     b_dv = tl.arange(0, BLOCK_V)
     b_mask = b_valid[:, None] & (b_dv < D_V)[None, :]
 
-    b_m0 = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    b_acc0 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_m0, b_acc0, b_sum, b_seen = no_keys(BLOCK_M, BLOCK_V, N_BINS)
     b_m1, b_m2, b_m3, b_acc1, b_acc2, b_acc3 = b_m0, b_m0, b_m0, b_acc0, b_acc0, b_acc0
-    b_seen = tl.zeros([BLOCK_M], tl.int32)
-    if N_BINS == 0:
-        b_sum = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        b_sum = tl.zeros([BLOCK_M, 8], tl.float32)
-
-    STATE: tl.constexpr = 24 if (STREAMED & MAPS) != 0 else 12
-    N_ACC: tl.constexpr = N_CLASSES + (1 if (STREAMED & MAPS) != 0 else 0)
-    b_kind, b_norm = b_seen, b_seen
-    b_racc, b_rsum, b_total, b_count, b_rbins = b_acc0, b_m0, b_m0, b_m0, b_m0
-    if N_MAPS > 0:
-        b_kind = kind_of_rows(p_maps, b_heads, b_rows, 0)
-        b_norm = kind_of_rows(p_maps, b_heads, b_rows, 1)
-        b_racc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        b_rsum = tl.zeros([BLOCK_M], tl.float32)
-        b_total = tl.zeros([BLOCK_M], tl.float32)
-        b_count = tl.zeros([BLOCK_M], tl.float32)
-        if p_masses is not None:
-            b_rbins = tl.zeros([BLOCK_M, 8], tl.float32)
+    b_kind, b_norm, b_racc, b_rsum, b_total, b_count, b_rbins = no_map(
+        p_maps, p_masses, b_heads, b_rows, BLOCK_V, MAPS, N_MAPS
+    )
 
     for split in range(splits):
         b_part = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (GROUP * L) + b_index  # [M]
-        b_at = p_part_sum + b_part * STATE
-        b_to = p_part_acc + (b_part * N_ACC * D_V)[:, None] + b_dv[None, :]
+        b_at, b_to = parts(p_part_acc, p_part_sum, b_part, b_dv, D_V, N_CLASSES, MAPS)
         b_seen = b_seen | tl.load(p_part_seen + b_part, mask=b_valid, other=0)
-        b_m0, b_acc0, b_old, b_add = join(b_at, b_to, b_valid, b_mask, b_m0, b_acc0, 0, D_V)
+        b_m0, b_acc0, b_old, b_add = join_class(b_at, b_to, b_valid, b_mask, b_m0, b_acc0, 0, D_V)
         if N_BINS == 0:
             b_sum = b_sum * b_old + tl.load(b_at, mask=b_valid, other=0.0) * b_add
         else:
@@ -83,25 +48,22 @@ def merge_kernel(
             b_in = in_columns(CLASSES & 255)
             b_new = tl.where(b_in, b_sum * b_old[:, None] + b_more * b_add[:, None], 0.0)
             if N_CLASSES > 1:
-                b_m1, b_acc1, b_old, b_add = join(b_at, b_to, b_valid, b_mask, b_m1, b_acc1, 1, D_V)
+                b_m1, b_acc1, b_old, b_add = join_class(b_at, b_to, b_valid, b_mask, b_m1, b_acc1, 1, D_V)
                 b_in = in_columns((CLASSES >> 8) & 255)
                 b_new = tl.where(b_in, b_sum * b_old[:, None] + b_more * b_add[:, None], b_new)
             if N_CLASSES > 2:
-                b_m2, b_acc2, b_old, b_add = join(b_at, b_to, b_valid, b_mask, b_m2, b_acc2, 2, D_V)
+                b_m2, b_acc2, b_old, b_add = join_class(b_at, b_to, b_valid, b_mask, b_m2, b_acc2, 2, D_V)
                 b_in = in_columns((CLASSES >> 16) & 255)
                 b_new = tl.where(b_in, b_sum * b_old[:, None] + b_more * b_add[:, None], b_new)
             if N_CLASSES > 3:
-                b_m3, b_acc3, b_old, b_add = join(b_at, b_to, b_valid, b_mask, b_m3, b_acc3, 3, D_V)
+                b_m3, b_acc3, b_old, b_add = join_class(b_at, b_to, b_valid, b_mask, b_m3, b_acc3, 3, D_V)
                 b_in = in_columns((CLASSES >> 24) & 255)
                 b_new = tl.where(b_in, b_sum * b_old[:, None] + b_more * b_add[:, None], b_new)
             b_sum = b_new
         if (STREAMED & MAPS) != 0:
-            b_racc += tl.load(b_to + N_CLASSES * D_V, mask=b_mask, other=0.0)
-            b_count += tl.load(b_at + 12, mask=b_valid, other=0.0)
-            b_rsum += tl.load(b_at + 13, mask=b_valid, other=0.0)
-            b_total += tl.load(b_at + 14, mask=b_valid, other=0.0)
-            if p_masses is not None:
-                b_rbins += tl.load(b_at[:, None] + 16 + tl.arange(0, 8)[None, :], mask=b_valid[:, None], other=0.0)
+            b_racc, b_rsum, b_total, b_count, b_rbins = join_map(
+                p_masses, b_at, b_to, b_valid, b_mask, b_racc, b_rsum, b_total, b_count, b_rbins, N_CLASSES, D_V
+            )
 
     finish(
         p_out, p_params, p_count, p_scale, p_fired, p_masses, p_stats,

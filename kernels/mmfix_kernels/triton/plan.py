@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from mmfix_kernels.call import AttentionCall
 from mmfix_kernels.closed_forms import chosen_items
 from mmfix_kernels.edits import NUM_LABELS, MapReplacement, MassMove, Rows, ScoreEdit
@@ -174,6 +176,8 @@ def labels_agree(call: AttentionCall) -> bool:
 
 def conflict(call: AttentionCall) -> str:
     """Why the edits cannot be kept apart in one pass; "" when they can."""
+    if torch.compiler.is_compiling():  # in a graph no tensor is read; the edits are those of the prompt
+        return "" if call.prefix_key is None else "a shared prefix in a compiled graph"
     if not labels_agree(call):
         return "branches label the prefix that they share differently"
     count = call.query.shape[0]

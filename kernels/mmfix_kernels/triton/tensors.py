@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -89,3 +91,13 @@ def broadcast_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
     sizes, strides = (1,) * (4 - mask.dim()) + tuple(mask.shape), (0,) * (4 - mask.dim()) + mask.stride()
     b, h, rows, keys = (0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
     return b, h, rows, keys
+
+
+def empty(*shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unwritten memory; tests replace this by one that fills it with NaN."""
+    return torch.empty(*shape, dtype=dtype, device=like.device)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, and a model may lie on several; a graph has one, and cannot look."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]

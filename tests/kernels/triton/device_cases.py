@@ -14,6 +14,7 @@ import pytest
 import torch
 from exact import allowance, exact
 from quick import quicken
+from support.eager import additive, padded
 
 from mmfix_kernels import (
     Attended,
@@ -29,7 +30,7 @@ from mmfix_kernels import (
     grouped_attention,
 )
 from mmfix_kernels import triton as backend
-from mmfix_kernels.triton import launch
+from mmfix_kernels.triton import launch, tensors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -93,7 +94,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(*shape: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan") if dtype.is_floating_point else 2**30, dtype=dtype, device=like.device)
 
-    monkeypatch.setattr(launch, "empty", poisoned)
+    monkeypatch.setattr(tensors, "empty", poisoned)
     monkeypatch.setattr(launch, "MIN_CHUNK", 32)
 
 
@@ -175,17 +176,6 @@ def test_grouped_query_heads(heads: int, kv_heads: int, rows: int, keys: int) ->
         heads, kv_heads = 4, 1  # one program per head: keep the interpreter's time down
     call = make(rows, keys, 32, "var", heads=heads, kv_heads=kv_heads)
     check(replace(call, edits=[*call.edits, HeadScale(scale=torch.linspace(0.5, 2, heads))]))
-
-
-def padded(rows: int, keys: int, pad: int) -> torch.Tensor:
-    """Bool[2, 1, rows, keys]: causal, the second item padded on the left; its first rows see nothing."""
-    mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows).repeat(2, 1, 1, 1)
-    mask[1, :, :, :pad] = False
-    return mask
-
-
-def additive(mask: torch.Tensor, hidden: float) -> torch.Tensor:
-    return torch.zeros(mask.shape).masked_fill(~mask, hidden)
 
 
 @pytest.mark.parametrize("edits", ["plain", "all"])

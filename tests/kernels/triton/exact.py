@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from replaced import replaced
+from support.eager import eager
+from support.eager import visible_keys as visible
 
 from mmfix_kernels import AttentionCall, Group, HeadScale, MapReplacement, MassMove, ScoreEdit
 
@@ -24,22 +27,6 @@ class Exact:
     fired: list[list[int]]
     lse: Tensor
     weights: Tensor
-
-
-def visible(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Bool[B, H, L, S] of the keys a row may see, and the finite part of the mask."""
-    b, h, rows, _ = call.query.shape
-    keys = call.keys
-    allowed, bias = torch.ones(b, h, rows, keys, dtype=torch.bool), torch.zeros(b, h, rows, keys).double()
-    if call.mask is None:
-        if call.is_causal and rows > 1:
-            allowed &= torch.ones(rows, keys, dtype=torch.bool).tril()
-    elif call.mask.dtype == torch.bool:
-        allowed &= call.mask
-    else:
-        allowed &= call.mask > torch.finfo(call.mask.dtype).min
-        bias = torch.where(allowed, call.mask.double(), 0.0)
-    return allowed, bias
 
 
 def whole(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -125,16 +112,6 @@ def moved(call: AttentionCall, move: MassMove, weights: Tensor, allowed: Tensor)
     factor = torch.where(target, 1 + move.share * source_mass / target_mass.clamp(min=1e-300), factor)
     count = int(active.sum()) if move.share > 0 else 0
     return torch.where(active, weights * factor, weights), [count, int(touched.sum())]
-
-
-def eager(call: AttentionCall) -> Tensor:
-    """Plain attention as models write it, in the dtype of the call: the yardstick for errors."""
-    repeats = call.query.shape[1] // call.key.shape[1]
-    key, value = (t.repeat_interleave(repeats, 1) for t in (call.key, call.value))
-    allowed, bias = visible(call)
-    scores = call.query @ key.transpose(2, 3) * call.factor + bias.to(call.query.dtype)
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
-    return weights.to(call.query.dtype) @ value
 
 
 def allowance(call: AttentionCall, largest: float, draws: int = 5) -> float:

@@ -6,32 +6,20 @@ source, so the cases below run the broken kernel; afterwards they are executed a
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from device_cases import make, padded, relabelled
+from device_cases import make, relabelled
 from map_cases import KINDS, checked, shaped
+from mutating import Mutate, broken  # noqa: F401
 from prefix_cases import branched
+from support.eager import additive, padded
 
-from mmfix_kernels import AttentionCall, Group, MapReplacement, MassMove, ScoreEdit
+from mmfix_kernels import AttentionCall, Group, Label, MapReplacement, MassMove, Rows, ScoreEdit
 from mmfix_kernels.triton import launch
-
-MODULES = (
-    "blocks",
-    "maps",
-    "masks",
-    "epilogue",
-    "kernels",
-    "merge",
-    "tensors",
-    "launch",
-)  # in the order of their imports
-
 
 MIXED = "mix(mix(b_word, b_head), b_place)"
 RAISE = MassMove(source=Group.TEXT, target=Group.IMAGE, share=1.0)
@@ -48,7 +36,7 @@ def split(edits: str = "plain") -> AttentionCall:
 def masked(edits: str = "plain", hidden: float | None = None) -> AttentionCall:
     mask = padded(20, 20, 5)
     if hidden is not None:
-        mask = torch.zeros(mask.shape).masked_fill(~mask, hidden)
+        mask = additive(mask, hidden)
     return make(20, 20, 32, edits, batch=2, mask=mask, is_causal=False)
 
 
@@ -127,6 +115,53 @@ def windowed() -> AttentionCall:
     return make(150, 150, 16, mask=near[None, None], is_causal=False)
 
 
+def apart() -> AttentionCall:
+    """Enough rows before the first edited one for a launch of their own."""
+    return make(40, 40, 32, "all", first=20)
+
+
+def one_group(label: int) -> AttentionCall:
+    """All keys of one group: a move has no source or no target."""
+    call = replace(causal(), edits=[RAISE])
+    return relabelled(call, torch.full((1, 20), label, dtype=torch.int8))
+
+
+def two_prompts(edits: str, keys: int = 20) -> AttentionCall:
+    return make(keys, keys, 32, edits, batch=2)
+
+
+def last_masses() -> AttentionCall:
+    return make(20, 20, 32, "var", masses="last")
+
+
+def hidden_prefix() -> AttentionCall:
+    mask = torch.ones(4, 1, 1, 38, dtype=torch.bool)
+    mask[1, :, :, 3:30] = mask[2, :, :, 35:] = False
+    return branched(2, 2, 33, 5, mask=mask)
+
+
+def staggered() -> AttentionCall:
+    """The image ends earlier in one prompt than in the other."""
+    call = two_prompts("two moves")
+    assert call.groups is not None
+    rows = dict(call.groups.rows)
+    rows[Rows.AFTER_IMAGE] = torch.arange(20) >= torch.tensor([[10], [15]])
+    return replace(call, groups=replace(call.groups, rows=rows))
+
+
+def seen_early() -> AttentionCall:
+    """The only image sink stands in the first part of a split stream."""
+    labels = torch.ones(1, 70, dtype=torch.int8)
+    labels[:, 1], labels[:, 5], labels[:, 50:] = int(Label.IMAGE_SINK), int(Label.TEXT_SINK), int(Label.TEXT)
+    call = relabelled(split("var"), labels)
+    return replace(call, edits=[replace(edit, gate=replace(edit.gate, min_mass=0.0)) for edit in call.edits])
+
+
+def third_class() -> AttentionCall:
+    """Four classes in a split stream."""
+    return make(1, 70, 32, "two moves", masses="all")
+
+
 MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     "causal mask": ("kernels", "b_allowed & (b_col[None, :] <= b_row[:, None])", "b_allowed", causal),
     "keys beyond the end": ("kernels", "(b_col < end)[None, :] & b_valid", "(b_col >= 0)[None, :] & b_valid", split),
@@ -168,8 +203,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     ),
     "second move": ("epilogue", "if N_MOVES > 1:", "if N_MOVES > 2:", lambda: causal("two moves")),
     "head scale": ("epilogue", "b_out = b_out * b_scale[:, None]", "b_out = b_out * 1.0", lambda: causal("all")),
-    "batch rows of a map": ("kernels", "p_heads + b_item * heads_b", "p_heads", lambda: mapped("uniform", "padded")),
-    "heads of a map": ("kernels", "heads_b + b_head", "heads_b + 0 * b_head", lambda: mapped("random", heads=(1,))),
+    "batch rows of a map": ("rows", "p_heads + b_item * heads_b", "p_heads", lambda: mapped("uniform", "padded")),
+    "heads of a map": ("rows", "heads_b + b_head", "heads_b + 0 * b_head", lambda: mapped("random", heads=(1,))),
     "kind of a map": ("maps", "b_map - 1", "b_map * 0", lambda: two_maps()),
     "seed of a map": ("maps", "b_heads, b_rows, 2).to", "b_heads, b_rows, 0).to", lambda: mapped("random")),
     "row in the generator": ("maps", MIXED, "mix(b_word, b_head)", lambda: mapped("random")),
@@ -194,48 +229,58 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[], AttentionCall]]] = {
     ),
     "masses of a replaced map": ("epilogue", "b_w = replaced_masses", "_ = replaced_masses", lambda: mapped("random")),
     "where a shuffled weight goes": ("kernels", "b_v_at = (b_from_key - low)", "b_v_at = (b_col - low)", shuffled),
-    "replaced maps in the merge": ("merge", "b_racc += ", "b_racc = ", lambda: mapped("random", "decode")),
-    "branch of a row": ("kernels", "batch * BRANCHES + b_index // (GROUP * L)", "batch * BRANCHES", branching),
+    "replaced maps in the merge": ("state", "b_racc += ", "b_racc = ", lambda: mapped("random", "decode")),
+    "branch of a row": ("rows", "batch * BRANCHES + b_index // (GROUP * L)", "batch * BRANCHES", branching),
     "prompt of a branch": ("kernels", "item = batch * BRANCHES", "item = batch", lambda: branching("pai")),
     "keys of the prefix and after it": ("kernels", "split = split_from +", "split = 0 * split_from +", branching),
-    "batch rows of an edit": ("kernels", "p_heads + b_item * heads_b", "p_heads", some_items),
-    "rescaling in the merge": ("merge", "b_acc * b_old[:, None]", "b_acc", split),
+    "batch rows of an edit": ("rows", "p_heads + b_item * heads_b", "p_heads", some_items),
+    "rescaling in the merge": ("state", "b_acc * b_old[:, None]", "b_acc", split),
+    "scale of the scores": ("kernels", "b_s = b_s * factor", "b_s = b_s * 1.0", causal),
+    "rows of this launch": ("rows", "b_valid = b_row < stop", "b_valid = b_row < L", apart),
+    "keys before the edge": ("kernels", "start + tile * BLOCK_M + 1)", "start + (tile + 1) * BLOCK_M)", long),
+    "gain of a score edit": ("blocks", "gain * b_s + abs_gain", "b_s + abs_gain", lambda: causal("all")),
+    "bias of a score edit": ("blocks", "bias * LOG2E", "bias", lambda: causal("all")),
+    "second score edit": ("kernels", "b_touch1, gain1", "b_touch1 & (b_row < 0), gain1", lambda: causal("all")),
+    "scores that an edit may see": ("kernels", "b_s = tl.where(b_allowed, b_s, NEG_INF)", "b_s = b_s + 0.0", causal),
+    "labels of the batch row": ("kernels", "item.to(tl.int64) * labels_b + b_from_key", "b_from_key",
+                                lambda: two_prompts("var")),
+    "row masks of the batch row": ("rows", "b_at = b_item * L + b_row", "b_at = b_item * 0 + b_row",
+                                   lambda: staggered()),
+    "a bin of its own": ("blocks", "tl.where(((b_bit & ((BINS >> (8 * k)) & 255)) != 0)[None, :], b_p, 0.0)", "b_p",
+                         lambda: causal("var")),
+    "a source to move": ("epilogue", "& (b_source > 0)", "", lambda: one_group(int(Label.IMAGE))),
+    "a target to move to": ("epilogue", "& (b_target > 0)", "", lambda: one_group(int(Label.TEXT))),
+    "source of a move": ("epilogue", "1.0 - b_share[:, None]", "1.0 - 0.0 * b_share[:, None]", lambda: causal("var")),
+    "target of a move": ("epilogue", "1.0 + b_gain[:, None]", "1.0 + 0.0 * b_gain[:, None]", lambda: causal("var")),
+    "common scale of the classes": ("epilogue", "b_c1 = tl.math.exp2(b_m1 - b_safe)", "b_c1 = tl.math.exp2(b_m1 * 0.0)",
+                                    lambda: causal("var")),
+    "rows whose masses are wanted": ("epilogue", "b_valid & (b_row >= mass_start)", "b_valid & (b_row > mass_start)",
+                                     last_masses),
+    "changed rows": ("epilogue", "tl.sum(b_active.to(tl.int64), axis=0))", "tl.sum(b_looked.to(tl.int64), axis=0))",
+                     lambda: causal("var")),
+    "third class in the merge": ("merge", "if N_CLASSES > 2:", "if N_CLASSES > 8:", third_class),
+    "groups seen by any part": ("merge", "b_seen = b_seen | tl.load", "b_seen = tl.load", seen_early),
+    "masses of a map in the merge": ("state", "b_rbins += ", "b_rbins = ", lambda: mapped("random", "decode")),
+    "sum of a map in the merge": ("state", "b_rsum += ", "b_rsum = ", lambda: mapped("random", "decode")),
+    "keys of a map in the merge": ("state", "b_count += ", "b_count = ", lambda: mapped("reversed", "decode")),
+    "all keys of a map in the merge": ("state", "b_total += ", "b_total = ",
+                                       lambda: mapped("random as released", "decode")),
+    "mask of the keys after a prefix": ("arguments", "mask = mask[..., at : at + keys]", "mask = mask[..., :keys]",
+                                        hidden_prefix),
+    "labels of the keys after a prefix": ("arguments", "labels[:, at : at + keys]", "labels[:, :keys]",
+                                          lambda: branching("pai")),
+    "places of the keys after a prefix": (
+        "arguments", 'shared["p_places"][:, at : at + keys]', 'shared["p_places"][:, :keys]',
+        lambda: branched(2, 2, 33, 5, [MapReplacement(kind="random", seed=3)]),
+    ),
     "sums in the merge": (
         "merge", "b_in = in_columns((CLASSES >> 8) & 255)", "b_in = in_columns(CLASSES & 255)", lambda: split("var"),
     ),
 }  # fmt: skip
 
 
-def execute(folder: Path, changed: dict[str, str]) -> None:
-    """Run the kernel modules again, in place, from their source or from `changed` source (written to `folder`)."""
-    for name in MODULES:
-        module = importlib.import_module(f"mmfix_kernels.triton.{name}")
-        assert module.__file__ is not None
-        path = Path(module.__file__)
-        source = changed.get(name, path.read_text())
-        if changed:  # the interpreter reads a function's source from the file that its code names
-            path = folder / f"{name}.py"
-            path.write_text(source)
-        exec(compile(source, str(path), "exec"), module.__dict__)
-
-
-@pytest.fixture
-def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str, str, str], None]]:
-    def mutate(name: str, old: str, new: str) -> None:
-        module = importlib.import_module(f"mmfix_kernels.triton.{name}")
-        assert module.__file__ is not None
-        source = Path(module.__file__).read_text()
-        assert old in source, "the mutation has no place: the kernel has changed"
-        execute(tmp_path, {name: source.replace(old, new)})
-
-    yield mutate
-    execute(tmp_path, {})
-
-
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_caught(
-    name: str, broken: Callable[[str, str, str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_kernel_is_caught(name: str, broken: Mutate, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     module, old, new, build = MUTATIONS[name]
     call = build()
     broken(module, old, new)

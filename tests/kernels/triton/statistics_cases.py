@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device_cases import DEVICE, VAR, check, make, moved, on_device, padded
+from device_cases import DEVICE, VAR, check, make, moved, on_device
 from exact import exact
+from support.eager import additive, padded
 
 from mmfix_kernels import AttentionCall, Rows
 from mmfix_kernels.statistics import column_mass, column_reference, divergence_reference, head_divergence
-from mmfix_kernels.triton import launch
+from mmfix_kernels.triton import arguments, launch
 
 
 @pytest.mark.parametrize("edits", ["plain", "pai"])
@@ -23,9 +24,7 @@ def test_column_masses(shape: str, edits: str, rows: Rows) -> None:
         "causal": lambda: make(70, 70, 32, edits),
         "decode": lambda: make(1, 70, 32, edits, heads=4, kv_heads=2),
         "padded": lambda: make(40, 40, 16, edits, batch=2, mask=mask),
-        "additive": lambda: make(
-            40, 40, 16, edits, batch=2, mask=torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        ),
+        "additive": lambda: make(40, 40, 16, edits, batch=2, mask=additive(mask)),
         "grouped": lambda: make(18, 18, 80, edits, heads=4, kv_heads=2),
     }[shape]()
     want = exact(call).weights
@@ -35,6 +34,18 @@ def test_column_masses(shape: str, edits: str, rows: Rows) -> None:
     assert got.backend == "triton"
     torch.testing.assert_close(got.mass.cpu().double(), want, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(column_reference(call, rows).double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_column_masses_of_rows_that_differ_between_prompts() -> None:
+    """The chosen rows start later in the second prompt than in the first."""
+    call = make(20, 20, 16, batch=2)
+    assert call.groups is not None
+    chosen = torch.arange(20) >= torch.tensor([[7], [12]])
+    rows, first = call.groups.rows | {Rows.AFTER_IMAGE: chosen}, call.groups.first | {Rows.AFTER_IMAGE: 7}
+    call = replace(call, groups=replace(call.groups, rows=rows, first=first))
+    want = (exact(call).weights * chosen[:, None, :, None]).sum(2)
+    got = column_mass(moved(call), Rows.AFTER_IMAGE, "triton")
+    torch.testing.assert_close(got.mass.cpu().double(), want, atol=2e-5, rtol=2e-5)
 
 
 def test_column_masses_say_what_they_cannot_do() -> None:
@@ -74,7 +85,7 @@ MASKS = {
     "wide window": window_mask(150, 100, pad=3),
     "segments": segment_mask(150),
     "per head": torch.cat([window_mask(150, 40), segment_mask(150)], 1),
-    "additive": torch.zeros(1, 1, 150, 150).masked_fill(~segment_mask(150), -torch.inf),
+    "additive": additive(segment_mask(150)),
     "bias": torch.linspace(-1, 1, 150).expand(1, 1, 150, 150).masked_fill(~window_mask(150, 40), -torch.inf),
 }
 
@@ -89,7 +100,7 @@ def test_the_mask_is_read_on_edge_tiles_only(additive: bool, monkeypatch: pytest
     """What stands in the mask elsewhere does not matter once the tiles are known: it is not read there."""
     mask = MASKS["additive" if additive else "segments"]
     call = moved(make(150, 150, 16, mask=mask, is_causal=False))
-    true = launch.summary
+    true = arguments.summary
 
     def then_spoiled(given: torch.Tensor, *rest: object) -> torch.Tensor:
         blocks = true(given, *rest)  # type: ignore[arg-type]
@@ -103,7 +114,7 @@ def test_the_mask_is_read_on_edge_tiles_only(additive: bool, monkeypatch: pytest
         return blocks
 
     want = launch.attend(call, backend_plan(call))[0].output.clone()
-    monkeypatch.setattr(launch, "summary", then_spoiled)
+    monkeypatch.setattr(arguments, "summary", then_spoiled)
     call = replace(call, mask=call.mask.clone())  # type: ignore[union-attr]
     got = launch.attend(call, backend_plan(call))[0].output
     assert torch.equal(got, want)

@@ -19,7 +19,17 @@ def test_the_kernels_equal_their_equations() -> None:
     arguments = ["-p", "no:xdist", "-p", "no:cacheprovider", "-q", "--rootdir", str(HERE)]
     files = [
         str(HERE / f"{name}_cases.py")
-        for name in ("device", "map", "prefix", "statistics", "refusal", "other", "mutation", "model")
+        for name in (
+            "device",
+            "map",
+            "prefix",
+            "statistics",
+            "refusal",
+            "other",
+            "mutation",
+            "mutation_statistics",
+            "model",
+        )
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *files],
