@@ -126,13 +126,13 @@ def test_three_pictures_are_the_definition(shallow: Any) -> None:
     ],
     ids=["greedy", "beams", "no cache", "static", "sampling"],
 )
-def test_permutations_give_the_same_answer(model: Any, options: dict[str, Any]) -> None:
+def test_permutations_give_the_same_answer(grouped: Any, options: dict[str, Any]) -> None:
     """PINE-1, in a padded batch whose other prompts have two pictures, one and none."""
-    rows = [THREE, TWO, ONE, vlm.tokens(6, seed=6)]
+    model, rows = grouped, [THREE, TWO, ONE, vlm.tokens(6, seed=6)]
     others = vlm.picture(7, 3)
     found = []
     with mmfix.mitigate(model, "pine"):
-        for order in itertools.permutations(range(3)):
+        for order in [*itertools.permutations(range(3))][:: 1 if not options else 3]:
             torch.manual_seed(0)
             inputs = vlm.batch(rows, torch.cat([vlm.picture(0, 3)[list(order)], others]))
             found.append(vlm.greedy(model, inputs, STEPS, suppress_tokens=[vlm.IMAGE_ID], **options))
