@@ -16,7 +16,7 @@ from mmfix.errors import MethodError
 from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
-    from mmfix.branches import Branch, Mix, RepeatQuestion
+    from mmfix.branches import Branch, Mix, Rewrite
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
     from mmfix.readouts import Readout
@@ -228,12 +228,16 @@ class Method:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
 
-    def rewrite(self) -> RepeatQuestion | None:
+    def rewrite(self) -> Rewrite | None:
         """What is made of every prompt before the model reads it, unseen by ``generate()``; None leaves prompts alone.
 
         One row per prompt and no extra pass; a longer prompt makes prefill and cache longer.
         """
         return None
+
+    def prepends(self, layer: int) -> bool:
+        """Whether the token before the first image takes the state of the prompt's last one at this layer's input."""
+        return False
 
     @property
     def rewrites(self) -> bool:

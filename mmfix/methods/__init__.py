@@ -26,6 +26,7 @@ from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sid import SID
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
+from mmfix.methods.token_prepending import TokenPrepending
 from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
@@ -70,4 +71,5 @@ __all__ = [
     "PositionalHidden",
     "RetrievalHeads",
     "SoFA",
+    "TokenPrepending",
 ]

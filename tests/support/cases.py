@@ -87,6 +87,7 @@ CASES: dict[str, Case] = {
     ),
     "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
+    "token-prepending": Case(active={"depth": 3}, identity={"depth": 0}, other_prompt=True, longer_prompt=True),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "memvr": Case(active={"ratio": 0.9, "threshold": 0.1, "layers": (0, 1, 2)}, identity={"ratio": 0.0}, ahead=True),
     "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}, ahead=True),
