@@ -96,6 +96,10 @@ class RepeatQuestion:
         return torch.cat([ids[:first], question, ids[first:]]), torch.cat([image[:first], none, image[first:]])
 
 
+# One prompt's ids and image mask, [T] without padding, made into others.
+Rewrite = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """One counterfactual row per prompt.

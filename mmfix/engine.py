@@ -180,6 +180,12 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
             raise UnsupportedModel(f"{family.name}: {one.info.name} does not apply: {reason}; use another method")
         built.append(one.prepare(family))
     names = [m.info.name for m in built]
+    alone = [m.info.name for m in built if m.reorders]
+    if alone and len(built) > 1:
+        others = " and ".join(repr(name) for name in names if name != alone[0])
+        raise ConflictError(
+            f"method {alone[0]!r} computes attention by itself, so that {others} would not act; use it alone"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConflictError(f"method {twice[0]!r} is given twice, and each edits what the other did; give it once")

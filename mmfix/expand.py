@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfix.branches import Branch, CacheRows, RepeatQuestion, Rows, drop_image
+from mmfix.branches import Branch, CacheRows, Rewrite, Rows, drop_image
 from mmfix.conversation import image_tokens
 from mmfix.errors import MmfixError
 from mmfix.families import Family
@@ -31,7 +31,7 @@ class Expander:
         family: Family,
         branches: tuple[Branch, ...],
         vision: Vision,
-        rewrite: RepeatQuestion | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
         """`rewrite`: what is made of the factual prompts."""
         self.family = family

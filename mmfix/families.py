@@ -160,7 +160,7 @@ def why_not(family: Family, method: Method) -> str:
     Where the picture is no part of the prompt, self-attention has no image keys: what a method does to them, or by
     leaving them out, has no meaning there. Replaced maps and changed looks at the picture do.
     """
-    if method.masks and family.bidirectional:
+    if (method.masks or method.reorders) and family.bidirectional:
         return "every token of the prompt already attends to the whole prompt"
     branches = method.branches(family)
     parts = {branch.vision.part for branch in branches if branch.vision is not None}
@@ -174,7 +174,7 @@ def why_not(family: Family, method: Method) -> str:
     reason = next((reason for reason in reasons if reason), "")
     if reason or not family.cross_layers:
         return reason
-    touches_keys = method.masks or type(method).edits is not Method.edits
+    touches_keys = method.masks or method.reorders or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
     reads_keys = any(isinstance(one, Enhanced) for one in method.readouts(family))
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))

@@ -78,6 +78,8 @@ class HiddenHooks:
         session = self.session
         if not session.active or session.aside or self.state.repeating or session.spans is None:
             return False
+        if session.comparing or session.measuring is not None:  # a pass beside the model's own
+            return False
         return session.current.single or session.spans.any_image
 
     def _entering(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -159,9 +161,9 @@ def hooks(family: Family, session: Session) -> list[HiddenHooks]:
     return found
 
 
-def check_piece(names: str) -> None:
+def refuse_piece(names: str, why: str) -> None:
     """Refuse a prompt in pieces."""
     raise MmfixError(
-        f"{names}: only the last rows of a prompt are changed, and the prompt came in pieces, each of which has last "
-        "rows; give it at once (no prefill_chunk_size)"
+        f"{names}: {why}, and the prompt came in pieces; give it at once (no prefill_chunk_size, no further turn on a "
+        "cache)"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmfix import hidden
+from mmfix import hidden, prepending
 from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.families import Family
 from mmfix.hooks import NAME, register_attention
@@ -43,6 +43,8 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
         stack.callback(handle.remove)
 
     stack.callback(session.close)
+    for handle in prepending.install(session, family.layers):
+        hook(handle)
     for one in hidden.hooks(family, session):
         for handle in one.install():
             hook(handle)

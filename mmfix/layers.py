@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from mmfix import received
+from mmfix import reorder as reordered
 from mmfix import segments as token_segments
 from mmfix import spans as token_spans
-from mmfix.errors import ConflictError, MmfixError
+from mmfix.errors import ConflictError, MmfixError, UnsupportedModel
 from mmfix.inputs import rows_for
 from mmfix.method import Site
+from mmfix.reorder import Reorder, Rotary
 from mmfix.segments import MaskEdit, Opened, Segments
 from mmfix.spans import TokenSpans
 from mmfix_kernels import (
@@ -56,6 +58,7 @@ class LayerState:
         self.frozen: list[tuple[Edit, int]] = []  # what methods made of the prompt's attention; stays for its turns
         self.opened: Opened | None = None
         self.mask_owners: list[int] = []
+        self.reorder: Reorder | None = None
         self.fired: Tensor | None = None  # Int64[methods, 2]
         self.kept: dict[tuple[Group, ...], Tensor] = {}  # memberships of `kept_for`, the labels
         self.kept_for: Tensor | None = None
@@ -104,6 +107,7 @@ class LayerState:
             for branch_edit in session.branching.edits(self.layer):
                 self.edits.append(branch_edit)
                 self.owners.append(None)  # what a contrast does is counted where the logits are mixed
+        self.reorder = next((m.reorder(site) for m in session.methods if m.reorders), None)
         self.frozen = self.frozen if past else []
         for edit, owner in self.frozen:
             self.edits.append(edit)
@@ -211,14 +215,21 @@ class LayerState:
             return session.text_only.attend(inputs, session.backend)
         session.check_inside()
         self.called = True
+        if self.reorder is not None:
+            return self._attend_reordered(self.reorder, inputs, window)
         if session.overlooking is not None and session.branching is not None:
             assert session.spans is not None
             labelled = self._groups(AttentionCall(**inputs).keys)
             inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry and not self.repeating else "none"
         bare = AttentionCall(**inputs)
-        asked = session.current.prefill and not session.current.past and self.layer in session.received_layers
-        if session.watch is not None and session.current.prefill:
+        asked = (
+            not self.repeating
+            and session.current.prefill
+            and not session.current.past
+            and self.layer in session.received_layers
+        )
+        if session.watch is not None and session.current.prefill and not self.repeating:
             session.watch.ask(self)
         if session.readouts is not None:
             session.readouts.read(self.layer, bare, self._groups)
@@ -243,6 +254,21 @@ class LayerState:
                 mean = mean[:: session.branching.rows.count]  # of the factual rows
             session.mass_sum = mean if session.mass_sum is None else session.mass_sum + mean
             session.mass_layers += 1
+        return output.transpose(1, 2).contiguous(), None
+
+    def _attend_reordered(self, plan: Reorder, inputs: dict[str, Any], window: int | None) -> tuple[Tensor, None]:
+        """Attention over segments whose order is chosen here; nothing else edits such a layer."""
+        session = self.session
+        if window is not None:
+            names = " and ".join(m.info.name for m in session.methods)
+            raise UnsupportedModel(
+                f"{session.family.name}: layer {self.layer} sees a sliding window of {window} keys, and {names} lets "
+                "segments see each other whole; use another method or model"
+            )
+        rotary = Rotary(session.family, session.family.attentions[self.layer])
+        output, fired = reordered.attend(inputs, plan, rotary, session.current.past, session.current.total)
+        self._counters(output.device)[0] += fired
+        self.backend, self.reason = "reference", "positions are chosen per head and query"
         return output.transpose(1, 2).contiguous(), None
 
     def _attend_opened(

@@ -16,11 +16,12 @@ from mmfix.errors import MethodError
 from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
-    from mmfix.branches import Branch, Mix, RepeatQuestion
+    from mmfix.branches import Branch, Mix, Rewrite
     from mmfix.enhanced import Enhanced
     from mmfix.families import Family
     from mmfix.hidden import HiddenScale
     from mmfix.readouts import Readout
+    from mmfix.reorder import Reorder
     from mmfix.retracing import Retrace
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
@@ -131,6 +132,15 @@ class Method:
         """Whether the method answers :meth:`positions`."""
         return type(self).positions is not Method.positions
 
+    def reorder(self, site: Site) -> Reorder | None:
+        """Segments of the prompt whose order is chosen per head and query, asked once per prompt and layer."""
+        return None
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the method answers :meth:`reorder`."""
+        return type(self).reorder is not Method.reorder
+
     @property
     def answer_marker(self) -> tuple[int, ...] | None:
         """Token ids that begin an answer, for a method that tells questions from answers; None has no say."""
@@ -219,12 +229,16 @@ class Method:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
 
-    def rewrite(self) -> RepeatQuestion | None:
+    def rewrite(self) -> Rewrite | None:
         """What is made of every prompt before the model reads it, unseen by ``generate()``; None leaves prompts alone.
 
         One row per prompt and no extra pass; a longer prompt makes prefill and cache longer.
         """
         return None
+
+    def prepends(self, layer: int) -> bool:
+        """Whether the token before the first image takes the state of the prompt's last one at this layer's input."""
+        return False
 
     @property
     def rewrites(self) -> bool:

@@ -342,13 +342,16 @@ class Session:
                 f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
                 "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
             )
+        every = " and ".join(m.info.name for m in self.methods)
+        if any(m.reorders for m in self.methods):
+            hidden.refuse_piece(every, "segments see each other whole")
+        if not self.talk.steps and self.scales_hidden:
+            hidden.refuse_piece(every, "only the last rows of a prompt are changed")
         if self.received_layers and not self.talk.steps:
             raise MmfixError(
                 f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
                 "and this one came in pieces; give it at once (no prefill_chunk_size)"
             )
-        if not self.talk.steps and self.scales_hidden:
-            hidden.check_piece(" and ".join(m.info.name for m in self.methods))
         if not self.talk.steps and self.branching is not None and self.branching.chooses:
             raise MmfixError(
                 f"{self.methods[self.mix_owner].info.name}: a branch depends on where the prompt's last row looks, and "

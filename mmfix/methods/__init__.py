@@ -20,12 +20,14 @@ from mmfix.methods.mmca import MMCA
 from mmfix.methods.only import ONLY
 from mmfix.methods.pai import PAI
 from mmfix.methods.paint import PAINT
+from mmfix.methods.pine import PINE
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.positional_hidden import PositionalHidden
 from mmfix.methods.retrieval_heads import RetrievalHeads
 from mmfix.methods.sid import SID
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
+from mmfix.methods.token_prepending import TokenPrepending
 from mmfix.methods.vaf import VAF
 from mmfix.methods.var import VAR
 from mmfix.methods.vcd import VCD
@@ -49,6 +51,7 @@ __all__ = [
     "ONLY",
     "PAI",
     "PAINT",
+    "PINE",
     "SID",
     "SPIN",
     "VAF",
@@ -70,4 +73,5 @@ __all__ = [
     "PositionalHidden",
     "RetrievalHeads",
     "SoFA",
+    "TokenPrepending",
 ]

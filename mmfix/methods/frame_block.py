@@ -114,7 +114,7 @@ def frames(image: Tensor, tokens: int | None) -> Tensor:
     odd = ends & ((index + 1) % tokens != 0)
     if bool(odd.any()):
         raise MmfixError(
-            f"frame-block: a run of {int(index[odd][0]) + 1} image tokens is no whole number of frames of {tokens}; "
+            f"a run of {int(index[odd][0]) + 1} image tokens is no whole number of frames of {tokens}; "
             "give the tokens per frame of this model, or the whole prompt at once if it came in pieces (no "
             "prefill_chunk_size)"
         )

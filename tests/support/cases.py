@@ -88,6 +88,7 @@ CASES: dict[str, Case] = {
     ),
     "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, ahead=True),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
+    "token-prepending": Case(active={"depth": 3}, identity={"depth": 0}, other_prompt=True, longer_prompt=True),
     "vaf": Case(active={"image_gain": 2.0}, identity={"image_gain": 1.0, "system_gain": 1.0}),
     "memvr": Case(active={"ratio": 0.9, "threshold": 0.1, "layers": (0, 1, 2)}, identity={"ratio": 0.0}, ahead=True),
     "vista": Case(active={"strength": 0.5}, identity={"strength": 0.0, "gamma": 0.0}, ahead=True),
@@ -98,9 +99,9 @@ CASES: dict[str, Case] = {
     "vcd": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
-# logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
-# (tests/methods/test_sofa.py).
-NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
+# logits as they are (tests/contract/test_branches.py), and SoFA and PINE change nothing in a prompt with a single
+# image (tests/methods/test_sofa.py, test_pine.py).
+NAMES = tuple(name for name in methods() if name not in ("pine", "plausibility", "sofa"))
 # Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("avisc", "hgai", "memvr", "pai", "paint", "positional-hidden", "sid", "spin", "vista")
 # Methods that combine logits: at most one of them at a time.

@@ -26,6 +26,7 @@ from mmfix_evals.cli import (
     tune,
 )
 from mmfix_evals.cli import calibrate_more as _calibrate_more  # noqa: F401 - enters its commands
+from mmfix_evals.cli import calibrate_positional as _calibrate_positional  # noqa: F401 - enters its command
 from mmfix_evals.cli import calibrate_vti as _calibrate_vti  # noqa: F401 - enters its command
 from mmfix_evals.cli import score_more as _score_more  # noqa: F401 - enters its commands
 
