@@ -17,6 +17,7 @@ from mmfix.families import Family, describe, why_not
 from mmfix.install import disturbed, install
 from mmfix.method import Method
 from mmfix.restore import ATTRIBUTE, Snapshot
+from mmfix.searching import Searching
 from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
 from mmfix.vision import Vision
@@ -171,7 +172,7 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
 
 
 def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
-    """Give the session its branches and mix; at most one method may have them."""
+    """Give the session its branches and mix, or its search; at most one method may have them."""
     mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
     if len(mixing) > 1:
         names = " and ".join(repr(m.info.name) for _, m in mixing)
@@ -181,6 +182,14 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         assert mix is not None
         if len(mix.weights) != 1 + len(branches):
             raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
+    searching = [(n, m) for n, m in enumerate(methods) if m.search() is not None]
+    if len(searching) > 1 or (searching and mixing):
+        names = " and ".join(repr(m.info.name) for _, m in searching + mixing)
+        raise ConflictError(f"methods {names} both decide how the next token is chosen; use one of them")
+    for owner, one in searching:
+        rules = one.search()
+        assert rules is not None
+        session.search = Searching(session, rules, owner)
         vision = Vision(family, branches, backend)
         if vision.edits_tower and not all(family.looking(p) for p in vision.parts):
             raise UnsupportedModel(

@@ -141,6 +141,8 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        if session.search is not None and not session.turn.generating:
+            kwargs = session.search.arguments(args, kwargs)
         with session.turn.generation():
             return original_generate(*args, **kwargs)
 

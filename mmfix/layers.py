@@ -183,6 +183,8 @@ class LayerState:
         bare = AttentionCall(**inputs)
         groups = self._groups(bare.keys) if self.edits or session.telemetry else None
         plain = dataclasses.replace(bare, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
+        if session.search is not None and self.layer == session.search.watch.layer:
+            session.search.watch.see(plain)
         if self.opened is None:
             attended = grouped_attention(plain, session.backend)
         else:

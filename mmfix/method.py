@@ -18,6 +18,7 @@ from mmfix_kernels import Edit, HeadScale
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix
     from mmfix.families import Family
+    from mmfix.search import OverTrust
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
 
@@ -147,6 +148,10 @@ class Method:
 
     def mix(self) -> Mix | None:
         """How the logits of the branches combine; None when there is nothing to combine and nothing to cut."""
+        return None
+
+    def search(self) -> OverTrust | None:
+        """What ``generate()`` does in the place of its own search; None when nothing."""
         return None
 
     def check(self, name: str, low: float, high: float) -> None:

@@ -25,6 +25,7 @@ from mmfix.inputs import Inputs
 from mmfix.layers import LayerState
 from mmfix.method import Method
 from mmfix.positions import rewriting, rewritten, with_positions
+from mmfix.searching import Searching
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.textonly import TextOnly
@@ -67,6 +68,7 @@ class Session:
         self.mix: Mix | None = None
         self.mix_owner = 0
         self.mixed: Tensor | None = None  # Int64[2]: positions whose logits the mix changed, and positions seen
+        self.search: Searching | None = None
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}

@@ -9,6 +9,7 @@ from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.mma import MMA
 from mmfix.methods.pai import PAI
+from mmfix.methods.opera import Opera
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.sofa import SoFA
 from mmfix.methods.spin import SPIN
@@ -36,4 +37,5 @@ __all__ = [
     "CausalMMVision",
     "Plausibility",
     "SoFA",
+    "Opera",
 ]

@@ -59,7 +59,10 @@ CASES: dict[str, Case] = {
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
 # logits as they are (tests/contract/test_branches.py), and SoFA changes nothing in a prompt with a single image
 # (tests/methods/test_sofa.py).
-NAMES = tuple(name for name in methods() if name not in ("plausibility", "sofa"))
+# A search changes no forward pass, only what generate() makes of it: its tests are its own.
+NAMES = tuple(
+    name for name, info in methods().items() if name not in ("plausibility", "sofa") and info.kind != "search"
+)
 # Methods that edit the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("hgai", "pai", "spin")
 # Methods that combine logits: at most one of them at a time.
