@@ -111,7 +111,9 @@ def mitigate(
     """
     family = describe(model)
     if processor is not None:
-        family = dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
+        family = dataclasses.replace(
+            family, markers=_markers_of(processor), encode=_encoder_of(processor), decode=_decoder_of(processor)
+        )
     if any(ATTRIBUTE in module.__dict__ for module in family.attentions):
         raise ConflictError(
             "this model is already inside a mitigate() block; leave it first, or pass a list of methods"
@@ -150,6 +152,12 @@ def _encoder_of(processor: Any) -> Callable[[str], Sequence[int]] | None:
     return lambda text: [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+def _decoder_of(processor: Any) -> Callable[[Sequence[int]], str] | None:
+    """Token ids → text without special tokens; None for a processor that only tells markers."""
+    decode = getattr(getattr(processor, "tokenizer", processor), "decode", None)
+    return None if decode is None else lambda ids: str(decode(list(ids), skip_special_tokens=True))
+
+
 def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, params: dict[str, Any]) -> list[Method]:
     given = [] if method is None else list(method) if isinstance(method, (list, tuple)) else [method]
     if params and not (len(given) == 1 and isinstance(given[0], str)):
@@ -174,14 +182,6 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
 def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
     """Give the session its branches and mix, or its search; at most one method may have them."""
     mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
-    if len(mixing) > 1:
-        names = " and ".join(repr(m.info.name) for _, m in mixing)
-        raise ConflictError(f"methods {names} both combine logits; use one of them")
-    for owner, one in mixing:
-        branches, mix = tuple(one.branches(family)), one.mix()
-        assert mix is not None
-        if len(mix.weights) != 1 + len(branches):
-            raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
     searching = [(n, m) for n, m in enumerate(methods) if m.search() is not None]
     if len(searching) > 1 or (searching and mixing):
         names = " and ".join(repr(m.info.name) for _, m in searching + mixing)
@@ -190,6 +190,14 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
         rules = one.search()
         assert rules is not None
         session.search = Searching(session, rules, owner)
+    if len(mixing) > 1:
+        names = " and ".join(repr(m.info.name) for _, m in mixing)
+        raise ConflictError(f"methods {names} both combine logits; use one of them")
+    for owner, one in mixing:
+        branches, mix = tuple(one.branches(family)), one.mix()
+        assert mix is not None
+        if len(mix.weights) != 1 + len(branches):
+            raise MethodError(f"{one.info.name}: {len(mix.weights)} mix weights for {1 + len(branches)} branches")
         vision = Vision(family, branches, backend)
         if vision.edits_tower and not all(family.looking(p) for p in vision.parts):
             raise UnsupportedModel(

@@ -135,6 +135,8 @@ class Session:
                 "methods that combine logits have no loss; leave labels out and compute it from the logits"
             )
         given = Inputs.read((), kwargs)
+        if self.vision is not None and kwargs.get("pixel_values") is not None:
+            self.vision.ask(given.ids, kwargs.get("attention_mask"))
         kind = self._kind(given)
         self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0

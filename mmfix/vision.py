@@ -21,6 +21,8 @@ from mmfix import features, tower
 from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
+from mmfix.relevance import Asked, KeepRelevant
+from mmfix.scorers import Question
 from mmfix_kernels import MapReplacement
 from mmfix_kernels.maps import counter_uniform
 
@@ -53,6 +55,7 @@ class Vision:
         self.looking = False  # whether a look other than the plain one is being taken
         self.editing: VisionEdit | None = None  # its edit of the tower
         self.edited = 0  # attention calls changed in this look
+        self.asked: Asked | None = None  # the prompts of the call at hand
         self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses
 
     @property
@@ -99,7 +102,9 @@ class Vision:
         return [self._look(branch, encode, pixels) for branch in self.branches if branch.looks]
 
     def _look(self, branch: Branch, encode: Callable[[Tensor], Any], pixels: Tensor) -> Any:
-        if branch.pixels is not None:
+        if isinstance(branch.pixels, KeepRelevant):
+            pixels = branch.pixels(pixels, self._questions(pixels))
+        elif branch.pixels is not None:
             pixels = branch.pixels(pixels)
         edit = branch.vision
         self.looking, self.editing, self.captured, self.edited = True, edit, None, 0
@@ -117,6 +122,22 @@ class Vision:
             self.looking, self.editing = False, None
             if handle is not None:
                 handle.remove()
+
+    def ask(self, ids: Any, mask: Any) -> None:
+        """Note the prompts [B, T] to which the pictures that come next belong; None where they are not known."""
+        self.asked = None
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            plain = isinstance(mask, Tensor) and mask.shape == ids.shape
+            valid = mask.bool() if plain else torch.ones_like(ids, dtype=torch.bool)
+            self.asked = Asked(ids, valid, self.family.image_token_id, self.family.decode)
+
+    def _questions(self, pixels: Tensor) -> list[Question]:
+        if self.asked is None:
+            raise UnsupportedModel(
+                f"{self.family.name}: the picture is encoded where its prompt is not known, so nothing can be matched "
+                "with it; give input_ids and pixel_values in one call, or use another method"
+            )
+        return self.asked.questions(pixels, self.family.name)
 
     def attend(self, state: TowerState, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""

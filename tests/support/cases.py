@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmfix import scorers
 from mmfix.method import Method, method, methods
 
 
@@ -20,17 +21,23 @@ class Case:
         identity: with these it changes nothing, bit for bit; None when a method has no strength of zero.
         whole_pictures: a mask that stays within a picture, so that pieces of prompt with whole pictures are fine.
         other_prompt: it puts other tokens into a branch's prompt, which needs left-padded ids in one piece.
+        maps_pictures: it needs pictures [3, H, W], not packed and not in tiles.
     """
 
     active: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] | None = None
     whole_pictures: bool = False
     other_prompt: bool = False
+    maps_pictures: bool = False
 
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
 HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "head scale")
+scorers.register("brightness", lambda pixels, question: pixels.mean(0))
 CASES: dict[str, Case] = {
+    "agla": Case(
+        active={"scorer": "brightness", "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}, maps_pictures=True
+    ),
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
