@@ -6,7 +6,7 @@
 """
 
 import mmfix.methods  # noqa: F401 - first, so that importing the package later does not hide the function `methods`
-from mmfix import calibration, errors
+from mmfix import calibration, errors, scorers
 from mmfix.calibration import calibrated
 from mmfix.engine import Mitigation, mitigate
 from mmfix.families import Family, describe
@@ -35,5 +35,6 @@ __all__ = [
     "param",
     "parse",
     "register",
+    "scorers",
     "spec",
 ]

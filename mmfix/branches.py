@@ -18,7 +18,7 @@ from torch import Tensor
 from mmfix.errors import MethodError
 from mmfix.pictures import Blank as Blank
 from mmfix.pictures import DiffusionNoise as DiffusionNoise
-from mmfix.pictures import PixelEdit
+from mmfix.relevance import KeepRelevant
 from mmfix.selection import Blind, Outliers, Selection
 from mmfix_kernels import Edit, MapReplacement
 
@@ -98,6 +98,7 @@ class RepeatQuestion:
 
 # One prompt's ids and image mask, [T] without padding, made into others.
 Rewrite = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PixelEdit = DiffusionNoise | Blank | KeepRelevant
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,14 +174,18 @@ class Mix:
         beta: of the plausibility cut, in (0, 1]; None for no cut.
         log_probs: combine log-probabilities instead of logits.
         growth: how strong the contrast is at each generated token; None means 1 at all of them.
+        scale: factor on z, for a method whose weights do not sum to 1: greedy decoding does not see it.
     """
 
     weights: tuple[float, ...]
     beta: float | None = None
     log_probs: bool = False
     growth: Growth | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.scale < math.inf:
+            raise MethodError(f"mix scale {self.scale}: give a number above 0")
         if abs(sum(self.weights) - 1.0) > 1e-6:
             raise MethodError(f"mix weights {self.weights} sum to {sum(self.weights):g}; they must sum to 1")
         if self.beta is not None and not 0.0 < self.beta <= 1.0:
@@ -195,6 +200,8 @@ class Mix:
                 prompt; needed where the contrast grows.
         """
         mixed = self.combined(logits, steps)
+        if self.scale != 1.0:
+            mixed = mixed * self.scale
         if self.cuts:
             mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
         return mixed.to(logits.dtype)

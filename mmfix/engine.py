@@ -19,6 +19,7 @@ from mmfix.method import Method
 from mmfix.overlooking import Overlooking
 from mmfix.readouts import Readouts
 from mmfix.restore import ATTRIBUTE, Snapshot
+from mmfix.searching import Searching
 from mmfix.segments import Markers, chat_markers
 from mmfix.session import Session
 from mmfix.vision import Vision
@@ -146,7 +147,8 @@ def described(model: Any, processor: Any = None) -> Family:
     family = describe(model)
     if processor is None:
         return family
-    return dataclasses.replace(family, markers=_markers_of(processor), encode=_encoder_of(processor))
+    encode, decode = _encoder_of(processor), _decoder_of(processor)
+    return dataclasses.replace(family, markers=_markers_of(processor), encode=encode, decode=decode)
 
 
 def _markers_of(processor: Any) -> Markers | None:
@@ -163,6 +165,12 @@ def _encoder_of(processor: Any) -> Callable[[str], Sequence[int]] | None:
     if not callable(tokenizer):
         return None
     return lambda text: [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _decoder_of(processor: Any) -> Callable[[Sequence[int]], str] | None:
+    """Token ids → text without special tokens; None for a processor that only tells markers."""
+    decode = getattr(getattr(processor, "tokenizer", processor), "decode", None)
+    return None if decode is None else lambda ids: str(decode(list(ids), skip_special_tokens=True))
 
 
 def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, params: dict[str, Any]) -> list[Method]:
@@ -193,17 +201,25 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
 
 
 def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
-    """Give the session its branches and mix; at most one method may have them."""
+    """Give the session its branches and mix, or its search; at most one method may have them."""
     mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
     rewriting = [(n, m) for n, m in enumerate(methods) if m.rewrites]
+    searching = [(n, m) for n, m in enumerate(methods) if m.search() is not None]
     if len(mixing) + len(rewriting) > 1 and rewriting:
         names = " and ".join(repr(m.info.name) for _, m in rewriting + mixing)
         raise ConflictError(f"methods {names}: the logits of a rewritten prompt are not combined; use one of them")
+    if len(searching) > 1 or (searching and (mixing or rewriting)):
+        names = " and ".join(repr(m.info.name) for _, m in searching + mixing + rewriting)
+        raise ConflictError(f"methods {names} both decide how the next token is chosen; use one of them")
     for owner, one in rewriting:
         rewrite = one.rewrite()
         if rewrite is not None:
             session.mix_owner = owner
             session.expander = Expander(family, (), Vision(family, (), backend), rewrite)
+    for owner, one in searching:
+        rules = one.search()
+        assert rules is not None
+        session.search = Searching(session, rules, owner)
     if len(mixing) > 1:
         names = " and ".join(repr(m.info.name) for _, m in mixing)
         raise ConflictError(f"methods {names} both combine logits; use one of them")

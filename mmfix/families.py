@@ -41,7 +41,7 @@ class Family:
         resampler: the Q-Former or perceiver between tower and language model, or None.
         resampler_attentions: its attention modules, in order.
         markers: token ids that open the sides of a conversation, where a processor told them.
-        encode: token ids of a text without special tokens, where there is a processor.
+        encode: token ids of a text without special tokens, where there is a processor; decode: the way back.
     """
 
     model: Any
@@ -59,6 +59,7 @@ class Family:
     resampler: Any = None
     resampler_attentions: tuple[nn.Module, ...] = ()
     encode: Callable[[str], Sequence[int]] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def looking(self, part: str) -> tuple[nn.Module, ...]:
         """Attention modules of a part that looks at the picture: "tower" or "resampler"."""

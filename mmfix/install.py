@@ -156,6 +156,11 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
 
     @functools.wraps(original_generate)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        if session.search is not None and not session.turn.generating:
+            kwargs = session.search.arguments(args, kwargs)
+        if session.vision is not None:
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            session.vision.ask(ids, kwargs.get("attention_mask"))
         with session.turn.generation():
             return original_generate(*args, **kwargs)
 

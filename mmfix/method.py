@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmfix.readouts import Readout
     from mmfix.reorder import Reorder
     from mmfix.retracing import Retrace
+    from mmfix.search import OverTrust
     from mmfix.segments import MaskEdit, Segments
     from mmfix.spans import TokenSpans
     from mmfix.steering import Blend, Steer
@@ -251,6 +252,10 @@ class Method:
 
     def mix(self) -> Mix | None:
         """How the logits of the branches, or of the readouts, combine; None when nothing is combined or cut."""
+        return None
+
+    def search(self) -> OverTrust | None:
+        """What ``generate()`` does in the place of its own search; None when nothing."""
         return None
 
     def check(self, name: str, low: float, high: float) -> None:

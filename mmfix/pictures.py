@@ -76,6 +76,3 @@ class Blank:
 def _places(pixels: Tensor) -> Tensor:
     """Bool[..., 1, 1, 1]: pictures and tiles that are there; those that only fill up a batch are zero all over."""
     return pixels.ne(0).flatten(-3).any(-1)[..., None, None, None]
-
-
-PixelEdit = DiffusionNoise | Blank

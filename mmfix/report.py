@@ -117,6 +117,11 @@ def build(session: Session) -> Report:
         changed, seen = session.mixed.tolist()
         table[session.mix_owner][0] += changed
         table[session.mix_owner][1] += seen
+    passes = session.expander.rows.count if session.expander is not None else 1
+    if session.search is not None:
+        for n, count in enumerate(session.search.counts):
+            table[session.search.owner][n] += count
+        passes = 1 + session.search.rules.candidates
     fired = {name: Fired(*row) for name, row in zip(names, table, strict=True)}
     notes = list(session.notes)
     if session.prompts:
@@ -129,7 +134,7 @@ def build(session: Session) -> Report:
         layers=[LayerReport(s.layer, s.backend, s.reason, s.calls) for s in session.layers],
         masses=None if masses is None else {name: float(value.mean()) for name, value in masses.items()},
         prompts=session.prompts,
-        passes_per_token=float(session.expander.rows.count if session.expander is not None else 1),
+        passes_per_token=float(passes),
         extra_prefills=session.extra_passes,
         notes=notes,
         calibrated=session.calibrated,

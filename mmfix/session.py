@@ -29,6 +29,7 @@ from mmfix.method import Method
 from mmfix.overlooking import Overlooking
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.readouts import Readouts
+from mmfix.searching import Searching
 from mmfix.segments import Markers
 from mmfix.spans import TokenSpans
 from mmfix.steerer import Steering
@@ -76,6 +77,7 @@ class Session:
         self.mix: Mix | None = None
         self.mix_owner = 0
         self.mixed: Tensor | None = None  # Int64[2]: positions whose logits the mix changed, and positions seen
+        self.search: Searching | None = None
         layers = range(family.num_layers)
         self.sink_layers = {n for n in layers for m in methods if m.wants_sinks(n, family.num_layers)}
         self.head_layers = {n for n in layers for m in methods if m.wants_heads(n, family.num_layers)}
@@ -159,6 +161,8 @@ class Session:
         given = Inputs.read((), kwargs)
         if self.readouts is not None:
             self.readouts.keep = kwargs.get("logits_to_keep", 0)
+        if self.vision is not None and kwargs.get("pixel_values") is not None:
+            self.vision.ask(given.ids, kwargs.get("attention_mask"))
         kind = self._kind(given)
         self._asked = given.length
         self.mass_sum, self.mass_layers = None, 0

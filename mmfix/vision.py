@@ -21,6 +21,8 @@ from mmfix import features, tower
 from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.families import Family
+from mmfix.relevance import Asked, KeepRelevant
+from mmfix.scorers import Question
 from mmfix.selection import Outliers
 from mmfix.watch import TowerWatch
 from mmfix_kernels import MapReplacement
@@ -57,6 +59,7 @@ class Vision:
         self.edited = 0  # attention calls changed in this look
         self.marking: Outliers | None = None  # what it marks instead of giving features
         self.watch: TowerWatch | None = None  # what methods see of the plain look
+        self.asked: Asked | None = None  # the prompts of the call at hand
         self.captured: Tensor | None = None  # [B, H, N, N], the map that the release variant uses; [B, N] for marks
 
     @property
@@ -110,9 +113,14 @@ class Vision:
         Args:
             lengths: of packed patches, how many every picture has.
         """
-        changed = [branch.pixels(pixels, lengths) if branch.pixels else pixels for branch in self.branches]
-        looking = [(branch, seen) for branch, seen in zip(self.branches, changed, strict=True) if branch.looks]
-        return [self._look(branch, encode, seen) for branch, seen in looking]
+        looking = [branch for branch in self.branches if branch.looks]
+        return [self._look(branch, encode, self._seen(branch, pixels, lengths)) for branch in looking]
+
+    def _seen(self, branch: Branch, pixels: Tensor, lengths: list[int] | None) -> Tensor:
+        """The picture of a branch."""
+        if isinstance(branch.pixels, KeepRelevant):
+            return branch.pixels(pixels, self._questions(pixels))
+        return pixels if branch.pixels is None else branch.pixels(pixels, lengths)
 
     def _look(self, branch: Branch, encode: Callable[[Tensor], Any], pixels: Tensor) -> Any:
         edit = branch.vision
@@ -135,6 +143,22 @@ class Vision:
             self.looking, self.editing, self.marking = False, None, None
             if handle is not None:
                 handle.remove()
+
+    def ask(self, ids: Any, mask: Any) -> None:
+        """Note the prompts [B, T] to which the pictures that come next belong; None where they are not known."""
+        self.asked = None
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            plain = isinstance(mask, Tensor) and mask.shape == ids.shape
+            valid = mask.bool() if plain else torch.ones_like(ids, dtype=torch.bool)
+            self.asked = Asked(ids, valid, self.family.image_token_id, self.family.decode)
+
+    def _questions(self, pixels: Tensor) -> list[Question]:
+        if self.asked is None:
+            raise UnsupportedModel(
+                f"{self.family.name}: the picture is encoded where its prompt is not known, so nothing can be matched "
+                "with it; give input_ids and pixel_values in one call, or use another method"
+            )
+        return self.asked.questions(pixels, self.family.name)
 
     def attend(self, state: TowerState, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """One attention call of the vision tower."""

@@ -237,7 +237,7 @@ class Decoder:
         self, request: Request, max_new_tokens: int, seed: int | None, telemetry: bool, kwargs: dict[str, Any]
     ) -> TokenStream:
         chosen = plan(self.model, self.processor, max_new_tokens, seed, 1, kwargs)
-        refuse_unsettled(self.model, chosen)
+        refuse_unsettled(self.model, chosen, self.method)
         request = request.load()
 
         def produce(emit: Emit, cancelled: threading.Event) -> Report | None:
@@ -273,7 +273,7 @@ class Decoder:
             raise UsageError("stream_pair() takes one prompt; give a string")
         request = prompts.single(image, prompt)
         chosen = plan(self.model, self.processor, max_new_tokens, seed, 1, generation_kwargs)
-        refuse_unsettled(self.model, chosen)
+        refuse_unsettled(self.model, chosen, self.method)
         request = request.load()
         given: Any = self.method if isinstance(self.method, (list, tuple)) else [self.method] if self.method else []
         methods = [mmfix.calibrated(self.model, one) if isinstance(one, str) else one for one in given]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import mmfix
 from mmfix.errors import UsageError
 from mmfix_decoding.prompts import pad_token
 
@@ -99,8 +100,15 @@ def _whole(name: str, value: Any, low: int) -> None:
         raise UsageError(f"{name}={value!r} is not a whole number of at least {low}; give one")
 
 
-def refuse_unsettled(model: Any, chosen: Plan) -> None:
+def refuse_unsettled(model: Any, chosen: Plan, method: Any = None) -> None:
     """Raise UsageError for decoding that does not settle one token at a time, which a stream cannot follow."""
+    for one in method if isinstance(method, (list, tuple)) else [method] if method else []:
+        built = mmfix.calibrated(model, one) if isinstance(one, str) else one
+        if built.search() is not None:
+            raise UsageError(
+                f"stream() cannot follow {built.info.name}, a search that settles no token before its end; use "
+                "generate()"
+            )
     config = chosen.kwargs.get("generation_config") or model.generation_config
     if (chosen.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
         raise UsageError("stream() cannot follow a beam search, which settles no token before its end; use num_beams=1")

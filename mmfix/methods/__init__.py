@@ -1,6 +1,7 @@
 """The methods, one file each. Importing this package fills the registry."""
 
 from mmfix.methods.act import ACT
+from mmfix.methods.agla import AGLA
 from mmfix.methods.avisc import AvisC
 from mmfix.methods.causalmm import CausalMM, CausalMMLanguage, CausalMMVision
 from mmfix.methods.cca import CCA
@@ -18,6 +19,7 @@ from mmfix.methods.memvr import MemVR
 from mmfix.methods.mma import MMA
 from mmfix.methods.mmca import MMCA
 from mmfix.methods.only import ONLY
+from mmfix.methods.opera import Opera
 from mmfix.methods.pai import PAI
 from mmfix.methods.paint import PAINT
 from mmfix.methods.pine import PINE
@@ -38,6 +40,7 @@ from mmfix.methods.vti import VTI
 
 __all__ = [
     "ACT",
+    "AGLA",
     "CCA",
     "DAMRO",
     "HGAI",
@@ -69,6 +72,7 @@ __all__ = [
     "DoLa",
     "FrameBlock",
     "MemVR",
+    "Opera",
     "Plausibility",
     "PositionalHidden",
     "RetrievalHeads",

@@ -10,6 +10,7 @@ from typing import Any
 
 from support import steered
 
+from mmfix import scorers
 from mmfix.method import Method, method, methods
 
 
@@ -40,7 +41,9 @@ class Case:
 
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
 HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "head scale")
+scorers.register("brightness", lambda pixels, question: pixels.mean(0))
 CASES: dict[str, Case] = {
+    "agla": Case(active={"scorer": "brightness", "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
     "vhr": Case(identity={"alpha": 1.0}),
     "act": Case(active={"heads": "all", "threshold": 0.06}, identity={"heads": "all", "keep": 1.0}, ahead=True),
@@ -100,8 +103,10 @@ CASES: dict[str, Case] = {
 }
 # Not held to what every method must do: the plausibility cut alone is a control that leaves attention and the kept
 # logits as they are (tests/contract/test_branches.py), and SoFA and PINE change nothing in a prompt with a single
-# image (tests/methods/test_sofa.py, test_pine.py).
-NAMES = tuple(name for name in methods() if name not in ("pine", "plausibility", "sofa"))
+# image (tests/methods/test_sofa.py, test_pine.py). A search changes no forward pass, only what generate() makes of it:
+# its tests are its own.
+SPECIAL = ("pine", "plausibility", "sofa")
+NAMES = tuple(name for name, info in methods().items() if name not in SPECIAL and info.kind != "search")
 # Methods that edit, or choose by, the last row of a prompt, so that they must know which one it is.
 NEWEST_ROW = ("avisc", "hgai", "memvr", "pai", "paint", "positional-hidden", "sid", "spin", "vista")
 # Methods that combine logits: at most one of them at a time.
