@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmfix.errors import MmfixError, UnsupportedModel
+from mmfix.errors import UnsupportedModel
 from mmfix_kernels import Rows
 
 if TYPE_CHECKING:
@@ -159,11 +159,3 @@ def hooks(family: Family, session: Session) -> list[HiddenHooks]:
         if scales and layer not in family.cross_layers:
             found.append(HiddenHooks(family, module, state, scales))
     return found
-
-
-def refuse_piece(names: str, why: str) -> None:
-    """Refuse a prompt in pieces."""
-    raise MmfixError(
-        f"{names}: {why}, and the prompt came in pieces; give it at once (no prefill_chunk_size, no further turn on a "
-        "cache)"
-    )

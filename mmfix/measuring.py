@@ -7,10 +7,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmfix.prefix import part
+from mmfix.spans import padding_mask
 from mmfix_kernels import AttentionCall, grouped_attention, row_weights
 
 if TYPE_CHECKING:
     from mmfix.families import Family
+    from mmfix.inputs import Inputs
+    from mmfix.session import Session
+
+
+def ahead(session: Session, given: Inputs, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+    """Give the session's branches the maps of a plain pass over the prompt; returns the inputs, pictures encoded."""
+    expander = session.expander
+    assert expander is not None
+    if kwargs.get("pixel_values") is not None:
+        kwargs = expander.vision.encode(kwargs)
+    valid = padding_mask(kwargs.get("attention_mask"), given.like[:, :length])
+    last = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(-1)
+    alone = kwargs if length == given.length else part(kwargs, slice(0, length), slice(0, length))
+    session.measuring = Measuring(session.family, last, session.backend)
+    try:
+        expander.maps = session.measuring.run(alone)
+    finally:
+        session.measuring = None
+    session.extra_passes += 1
+    return kwargs
 
 
 class Measuring:

@@ -13,7 +13,7 @@ from mmfix_kernels import AttentionCall, Group, KeyGroups, row_weights
 
 if TYPE_CHECKING:
     from mmfix.branches import Rows
-    from mmfix.session import Pass
+    from mmfix.passes import Pass
 
 
 class Overlooking:

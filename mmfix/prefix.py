@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmfix import features
 from mmfix.branches import Branch
+from mmfix.passes import Pass
 from mmfix.selection import Overlooked
 from mmfix.spans import NEVER, TokenSpans
 from mmfix_kernels import HeadMean, HeadScale, Rows
@@ -49,8 +50,6 @@ def compute(session: Session, given: Inputs, kwargs: dict[str, Any], length: int
 
     Returns its length, 0 for none, and the inputs with the features of the pictures that come after it.
     """
-    from mmfix.session import Pass
-
     expander = session.expander
     assert expander is not None
     session.expanding = False

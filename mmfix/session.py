@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 import weakref
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfix import hidden
+from mmfix import measuring, passes, pieces
 from mmfix import prefix as prefixes
 from mmfix import spans as token_spans
 from mmfix.branches import Mix, trimmed
@@ -23,10 +21,11 @@ from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
 from mmfix.families import Family
 from mmfix.inputs import Inputs
-from mmfix.layers import LayerState, tells_rows_apart
+from mmfix.layers import LayerState
 from mmfix.measuring import Measuring
 from mmfix.method import Method
 from mmfix.overlooking import Overlooking
+from mmfix.passes import Kind, Pass
 from mmfix.positions import rewriting, rewritten, with_positions
 from mmfix.readouts import Readouts
 from mmfix.searching import Searching
@@ -37,25 +36,6 @@ from mmfix.textonly import TextOnly
 from mmfix.turn import Turn
 from mmfix.vision import Vision
 from mmfix.watch import TowerWatch
-from mmfix_kernels import Rows
-
-# A first prompt; a further piece of it, or a further turn, on the same cache; generated tokens; the last pass without a
-# cache again, one token longer.
-Kind = Literal["prompt", "piece", "step", "again"]
-
-
-@dataclass
-class Pass:
-    """Facts of the forward pass at hand, shared by all layers."""
-
-    prefill: bool = False
-    past: int = 0  # keys before this pass
-    total: int = 0  # keys after it
-    length: int = 0  # prompt tokens of this pass; what follows them is generated
-    at_prompt: bool = False  # it begins with the first token of the prompt
-    single: bool = False  # one generated token per row
-    rows: dict[Rows, Tensor | None] = field(default_factory=dict)
-    first: dict[Rows, int] = field(default_factory=dict)
 
 
 class Session:
@@ -102,8 +82,7 @@ class Session:
         self.mass_layers = 0
         self._cache: weakref.ref[Any] | None = None
         self._prompt_ids: Tensor | None = None
-        self._step_rows: dict[Rows, Tensor | None] = {}
-        self._step_first: dict[Rows, int] = {}
+        self._steps = passes.StepRows()
         self._asked = 0  # tokens that the caller gave this pass
         self.turn = Turn()
         self.steering = Steering.of(self)
@@ -153,7 +132,7 @@ class Session:
                 "mitigate() changes attention at inference only and this model is in training mode; call model.eval()"
             )
         if args:  # every input by name
-            kwargs = {**_bound(self.family.model, args), **kwargs}
+            kwargs = {**passes.bound(self.family.model, args), **kwargs}
         if kwargs.get("labels") is not None and self.mix is not None:
             raise MmfixError(
                 "methods that combine logits have no loss; leave labels out and compute it from the logits"
@@ -183,7 +162,7 @@ class Session:
             )
         expanded = None
         if kind == "prompt" and self.branching is not None and self.branching.measures:
-            kwargs = self._measure(given, kwargs, length)
+            kwargs = measuring.ahead(self, given, kwargs, length)
         prefix = 0
         if kind == "prompt" and prefixes.worthwhile(self, given, kwargs):
             prefix, kwargs = prefixes.compute(self, given, kwargs, length)
@@ -216,22 +195,6 @@ class Session:
         if expanded is None:
             return ((), kwargs) if args else None
         return (), expanded
-
-    def _measure(self, given: Inputs, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
-        """Where the last row of each prompt looks, by a plain pass ahead; returns the inputs, pictures encoded."""
-        assert self.expander is not None
-        if kwargs.get("pixel_values") is not None:
-            kwargs = self.expander.vision.encode(kwargs)
-        valid = token_spans.padding_mask(kwargs.get("attention_mask"), given.like[:, :length])
-        last = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(-1)
-        alone = kwargs if length == given.length else prefixes.part(kwargs, slice(0, length), slice(0, length))
-        self.measuring = Measuring(self.family, last, self.backend)
-        try:
-            self.expander.maps = self.measuring.run(alone)
-        finally:
-            self.measuring = None
-        self.extra_passes += 1
-        return kwargs
 
     def _rewrite(self, given: Inputs, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with the positions that a method gives them."""
@@ -314,7 +277,7 @@ class Session:
         before = None
         if further:
             assert self.talk is not None
-            self._check_piece(past)
+            pieces.check(self, past)
             before = self.talk.spans.has_image
             self.talk = self.talk.extended(ids, embeds, image, valid, past)
         else:
@@ -322,78 +285,23 @@ class Session:
             self.prompts += shape[0] // self.rows_per_prompt
         if self.methods and not bool(self.talk.image.any()):
             self._note("no image tokens in the prompt: methods that act on the image change nothing")
-        self._ready_steps()
-        capacity = _capacity(given.cache)
+        self._steps = passes.step_rows(self.talk.spans.has_image)
+        capacity = passes.capacity(given.cache)
         segments = self.talk.segments(self.markers) if any(m.masks for m in self.methods) else None
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
-            self._check_late_image()
+            pieces.check_late_image(self)
         if self.watch is not None:
             self.watch.due = "piece" if further else "prompt"
         if self.steering is not None:
             self.steering.prompt(self.talk.spans, given, further, answered, kwargs)
         self.text_only = None
         if self.head_layers and bool(self.talk.image.any()):
-            self._begin_text_only(kwargs.get("token_type_ids"))
-
-    def _check_piece(self, past: int) -> None:
-        """Refuse what cannot be done piece by piece."""
-        assert self.talk is not None
-        if not self.talk.steps and any(getattr(e, "rows", None) is Rows.LAST for s in self.layers for e in s.edits):
-            raise MmfixError(
-                f"{' and '.join(m.info.name for m in self.methods)}: edits act on the last row of the prompt, and the "
-                "prompt came in pieces, each of which has a last row; give it at once (no prefill_chunk_size)"
-            )
-        every = " and ".join(m.info.name for m in self.methods)
-        if any(m.reorders for m in self.methods):
-            hidden.refuse_piece(every, "segments see each other whole")
-        if not self.talk.steps and self.scales_hidden:
-            hidden.refuse_piece(every, "only the last rows of a prompt are changed")
-        if self.received_layers and not self.talk.steps:
-            raise MmfixError(
-                f"{' and '.join(m.info.name for m in self.methods)}: what each key receives is known of whole prompts, "
-                "and this one came in pieces; give it at once (no prefill_chunk_size)"
-            )
-        if not self.talk.steps and self.branching is not None and self.branching.chooses:
-            raise MmfixError(
-                f"{self.methods[self.mix_owner].info.name}: a branch depends on where the prompt's last row looks, and "
-                "the prompt came in pieces; give it at once (no prefill_chunk_size)"
-            )
-        if not self.head_layers:
-            return
-        names = ", ".join(m.info.name for m in self.methods if any(m.wants_heads(n, 10**6) for n in self.head_layers))
-        if not self.talk.steps:
-            raise MmfixError(
-                f"{names or 'a head method'} compares whole prompts, and this one came in pieces; give it at once (no "
-                "prefill_chunk_size)"
-            )
-        if self.talk.all_ids(past) is None:
-            raise MmfixError(
-                f"{names or 'a head method'} needs the ids of every token in the cache, and these are unknown (beams, "
-                "or inputs_embeds); give the whole conversation with a fresh cache"
-            )
-
-    def _check_late_image(self) -> None:
-        """Refuse a first image after the first piece, where a method leaves prompts without an image alone."""
-        if any(tells_rows_apart(edit) for state in self.layers for edit in state.edits):
-            raise MmfixError(
-                f"{' and '.join(m.info.name for m in self.methods)}: the prompt's first image came after its first "
-                "piece, which ran as a prompt without one; give it at once (no prefill_chunk_size)"
-            )
-
-    def _begin_text_only(self, types: Tensor | None) -> None:
-        talk = self.talk
-        assert talk is not None
-        scale = all(m.scales_text_only for m in self.methods)
-        if types is not None and types.shape[1] < talk.spans.length:  # a further turn: the types of the first are gone
-            types = None
-        types = None if types is None else types[:, : talk.spans.length]
-        last = max(self.head_layers)
-        self.text_only = TextOnly(self.family, talk.spans, talk.ids, talk.embeds, last, scale, types)
-        self.text_only.record()
-        self.extra_passes += 1
+            self.text_only = TextOnly.of(self, kwargs.get("token_type_ids"))
+            self.text_only.record()
+            self.extra_passes += 1
 
     def _step(self, given: Inputs) -> None:
         """Decode tokens, for a batch that may have grown by beams."""
@@ -401,7 +309,7 @@ class Session:
         batch = given.like.shape[0]
         if self.talk.image.shape[0] != batch:
             self.talk = self.talk.widened(batch)
-            self._ready_steps()
+            self._steps = passes.step_rows(self.talk.spans.has_image)
         if given.past:
             self.talk.stepped(given.ids, given.past)
         if self.steering is not None:
@@ -409,31 +317,13 @@ class Session:
         for state in self.layers:
             state.step(batch, self.current.total, again=not given.past)
 
-    def _ready_steps(self) -> None:
-        """Rows of a step of one new token, which is after the image and the newest: only prompts without one differ."""
-        assert self.talk is not None
-        has_image = self.talk.spans.has_image
-        with_image = None if bool(has_image.all()) else has_image[:, None]
-        after = 0 if bool(has_image.any()) else 1
-        self._step_rows = {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: with_image}
-        self._step_first = {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: after}
-
     def read_rows(self, batch: int, q_len: int) -> None:
-        """Which rows of this pass each kind of :class:`Rows` touches."""
-        spans, current = self.spans, self.current
-        assert spans is not None
-        if q_len == 1 and not current.prefill:
-            current.rows, current.first = self._step_rows, self._step_first
-            return
-        positions = torch.arange(current.past, current.total, device=spans.image.device)
-        valid = torch.ones(batch, current.total, dtype=torch.bool, device=positions.device)
-        valid[:, : spans.length] = spans.valid[:, : current.total]
-        valid = valid[:, current.past :]
-        for kind, start in spans.starts.items():
-            mask = (positions[None, :] >= start[:, None]) & valid
-            anywhere = mask.any(0)
-            current.first[kind] = int(anywhere.int().argmax()) if bool(anywhere.any()) else q_len
-            current.rows[kind] = mask
+        """Which rows of this pass each kind of :class:`~mmfix_kernels.Rows` touches."""
+        assert self.spans is not None
+        if q_len == 1 and not self.current.prefill:
+            self.current.rows, self.current.first = self._steps.rows, self._steps.first
+        else:
+            passes.read_rows(self.current, self.spans, batch, q_len)
 
     def check_inside(self) -> None:
         """Refuse a call of a part of the model: its prompt would be unknown."""
@@ -495,23 +385,9 @@ class Session:
             warnings.warn(text, MmfixWarning, stacklevel=2)
 
 
-def _bound(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional arguments of ``forward`` by name."""
-    bound: Any = inspect.signature(model.forward).bind_partial(*args)
-    return dict(bound.arguments)
-
-
 def _markers(family: Family, methods: list[Method]) -> Markers | None:
     """The processor's markers, with the answer's one replaced by a method's own."""
     own = next((m.answer_marker for m in methods if m.answer_marker), None)
     if own is None:
         return family.markers
     return Markers(own, family.markers.user if family.markers is not None else ())
-
-
-def _capacity(cache: Any) -> int:
-    """Keys that a cache of fixed size holds; 0 for one that grows."""
-    if cache is None or not getattr(cache, "is_compileable", False):
-        return 0
-    longest = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
-    return max(0, int(longest()))

@@ -8,7 +8,7 @@ independent of any model's layer signature.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from mmfix.families import Family
 from mmfix.spans import TokenSpans
 from mmfix_kernels import AttentionCall, HeadScale, grouped_attention
 
+if TYPE_CHECKING:
+    from mmfix.session import Session
+
 
 class _Probed(Exception):  # noqa: N818 - control flow, never seen outside
     """Head outputs are known; the rest of the layer need not run."""
@@ -24,6 +27,17 @@ class _Probed(Exception):  # noqa: N818 - control flow, never seen outside
 
 class TextOnly:
     """The text-only branch of one prefill: :meth:`record` once, then probe and advance layer by layer."""
+
+    @classmethod
+    def of(cls, session: Session, types: Tensor | None) -> TextOnly:
+        """The branch of the prompt at hand; `types` are the ``token_type_ids`` of the pass."""
+        talk = session.talk
+        assert talk is not None
+        if types is not None and types.shape[1] < talk.spans.length:  # a further turn: those of the first are gone
+            types = None
+        types = None if types is None else types[:, : talk.spans.length]
+        scaled = all(m.scales_text_only for m in session.methods)
+        return cls(session.family, talk.spans, talk.ids, talk.embeds, max(session.head_layers), scaled, types)
 
     def __init__(
         self,

@@ -167,7 +167,7 @@ def test_branches_of_a_contrast_remember_their_own_picture(llava: Any) -> None:
     [
         ({"ratio": 1.1}, "from 0 to 1"),
         ({"threshold": -0.1}, "from 0 to 1"),
-        ({"layers": (9,)}, "layers -5 to 4"),
+        ({"layers": (9,)}, "layers from -5 to 4"),
         ({"layers": (-1,)}, "no layer follows the last"),
     ],
 )

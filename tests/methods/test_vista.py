@@ -127,7 +127,7 @@ def test_an_image_in_a_later_turn_and_layers_that_are_not_there(llava: Any) -> N
         with pytest.raises(MmfixError, match="later turn"):
             vlm.greedy(llava, later, 2, past_key_values=out.past_key_values)
     for params, message in (
-        ({"late_layers": (9,)}, "layers -5 to 4"),
+        ({"late_layers": (9,)}, "layers from -5 to 4"),
         ({"layers": (9,)}, "layers from -5 to 4"),
         ({"gamma": 1.5}, "from 0 to 1"),
         ({"strength": -1.0}, "from 0 to 10"),
