@@ -127,22 +127,23 @@ def act(
     gains = {f"{layer},{head}": (row["right"] - plain["right"]) / len(asked) for (layer, head), row in rows.items()}
     record = {
         **identity(decoder), "data_sha256": data, "questions": len(asked),
+        "fired": sum(row["fired"] for row in rows.values()),
         "scores": {"plain": plain["right"] / len(asked), "chosen": together["right"] / len(asked), "gain": gains},
     }  # fmt: skip
     return Found({"heads": [list(head) for head in chosen], **options}, record)
 
 
 def _answers(model: Any, made: Sequence[tuple[dict[str, Any], Sequence[Sequence[int]]]], method: Any) -> dict[str, Any]:
-    """How many first tokens are right, and the mean probability of the right one."""
+    """How many first tokens are right, the mean probability of the right one, and how many rows were changed."""
     right, sure, count = 0, 0.0, 0
-    with mmfix.mitigate(model, method):
+    with mmfix.mitigate(model, method) as fix:
         for inputs, answers in made:
             p = headscores.first_token(model, inputs)
             for row, ids in enumerate(answers):
                 right += int(p[row].argmax()) in ids
                 sure += float(p[row, list(ids)].sum())
                 count += 1
-    return {"right": right, "p_right": sure / count}
+    return {"right": right, "p_right": sure / count, "fired": sum(one.fired for one in fix.report().fired.values())}
 
 
 def grid(step: float) -> list[float]:
@@ -185,7 +186,7 @@ def sofa(
 
     def verdicts(sigma: float) -> dict[str, Any]:
         said: list[bool] = []
-        with mmfix.mitigate(decoder.model, SoFA(sigma=sigma, layers=layers)):  # type: ignore[arg-type]
+        with mmfix.mitigate(decoder.model, SoFA(sigma=sigma, layers=layers)) as fix:  # type: ignore[arg-type]
             for inputs in made:
                 p = headscores.first_token(decoder.model, inputs)
                 said += (p[:, words[0]].sum(-1) > p[:, words[1]].sum(-1)).tolist()
@@ -195,6 +196,7 @@ def sofa(
             "accuracy": sum(right) / len(right),
             "consistency": sum(a == b for a, b in pairs) / len(pairs),
             "pairs": len(pairs),
+            "fired": fix.report().fired["sofa"].fired,
         }
 
     rows = []
@@ -204,7 +206,7 @@ def sofa(
             progress(1)
     partial.done()
     best = max(rows, key=lambda row: (row["accuracy"], row["consistency"], -row["sigma"]))
-    scores = [{name: row[name] for name in ("sigma", "accuracy", "consistency", "pairs")} for row in rows]
+    scores = [{name: row[name] for name in ("sigma", "accuracy", "consistency", "pairs", "fired")} for row in rows]
     record = {**identity(decoder), "data": f"TinyWorld {SPLIT}", "data_sha256": data, "scores": scores}
     return Found({"sigma": best["sigma"], "layers": layers}, record, rows[0])
 

@@ -40,7 +40,11 @@ def test_act_keeps_heads_that_help(tiny: Decoder, monkeypatch: pytest.MonkeyPatc
 
     def answers(model: Any, made: Any, method: Any) -> dict[str, Any]:
         heads = () if method is None else method.heads
-        return {"right": right.get(heads[0], 3) if len(heads) == 1 else 5 if not heads else 8, "p_right": 0.5}
+        return {
+            "right": right.get(heads[0], 3) if len(heads) == 1 else 5 if not heads else 8,
+            "p_right": 0.5,
+            "fired": 1,
+        }
 
     monkeypatch.setattr(calibrating, "_answers", answers)
     found = calibrating.act(tiny, headdata.questions(None, None, 8), {"rule": "relative", "alpha": 1.5})
@@ -59,7 +63,7 @@ def test_an_interrupted_calibration_goes_on(tiny: Decoder, monkeypatch: pytest.M
             done.append(None)
             raise KeyboardInterrupt
         done.append(method)
-        return {"right": 2, "p_right": 0.5}
+        return {"right": 2, "p_right": 0.5, "fired": 1}
 
     monkeypatch.setattr(calibrating, "_answers", answers)
     with pytest.raises(KeyboardInterrupt):
@@ -81,6 +85,7 @@ def test_act_is_measured_written_and_used(call: Call, tiny: Decoder, monkeypatch
     assert found["data"] == "TinyWorld dev"
     assert found["data_sha256"] == headdata.digest(headdata.questions(None, None, 6))
     assert found["revision"]
+    assert found["fired"] > 0
     assert 0 <= found["scores"]["plain"] <= 1
     heads = tuple(tuple(head) for head in found["values"]["heads"])
     used = mmfix.calibrated(tiny.model, "act")
@@ -103,6 +108,7 @@ def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, tiny: Decode
     (chosen,) = (row for row in found["scores"] if row["sigma"] == found["values"]["sigma"])
     assert chosen["accuracy"] == best
     assert mmfix.calibrated(tiny.model, "sofa") == SoFA(sigma=chosen["sigma"])
+    assert found["scores"][0]["fired"] == 0
     # The plain model's row is what its own first words say, in both orders.
     from mmfix_evals import tasks
 
@@ -118,7 +124,7 @@ def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, tiny: Decode
 
 def test_ties_go_to_the_consistent_and_then_to_the_small(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"0": (0.7, 0.8), "0.5": (0.8, 0.6), "0.75": (0.8, 0.9), "1": (0.8, 0.9)}
-    made = {name: {"accuracy": a, "consistency": c, "pairs": 2} for name, (a, c) in rows.items()}
+    made = {name: {"accuracy": a, "consistency": c, "pairs": 2, "fired": 1} for name, (a, c) in rows.items()}
     monkeypatch.setattr(calibrating.Partial, "get", lambda self, setting, compute: made[setting])
     assert calibrating.sofa(tiny, 2, [0, 0.5, 0.75, 1.0]).values["sigma"] == 0.75
     assert calibrating.grid(0.25) == [0, 0.25, 0.5, 0.75, 1.0]

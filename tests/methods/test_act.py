@@ -127,3 +127,18 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def test_without_heads_it_says_what_to_run(llava: Any) -> None:
     with pytest.raises(MethodError, match="mmfix calibrate act"), mmfix.mitigate(llava, "act"):
         pass
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_rows_do_not_count(llava: Any, side: str) -> None:
+    """A prompt receives in a padded batch what it receives alone, on either side of the padding."""
+    rows = [plain.ROWS[1], vlm.tokens(6, "image", 12, seed=5)]
+    chosen = []
+    for inputs in (vlm.batch(rows[:1], vlm.picture(2)), vlm.batch(rows, vlm.picture(2, 2), side=side)):
+        with mmfix.mitigate(llava, ACT(heads="all", threshold=0.055)) as fix:
+            vlm.logits(llava, inputs)
+        (move,) = (e for e in fix._session.layers[2].edits if isinstance(e, KeyMove))
+        real = inputs["attention_mask"][0].bool()
+        chosen.append(move.chosen[0][:, real])
+    assert chosen[0].any()
+    assert torch.equal(*chosen)

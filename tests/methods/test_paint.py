@@ -160,6 +160,21 @@ def test_a_tower_without_a_class_token_is_refused() -> None:
             pass
 
 
+def test_beside_a_contrast_that_changes_the_tower(llava: Any) -> None:
+    """Classes come from the plain look at the picture, also where another look replaces the tower's maps."""
+    inputs = plain.ragged()
+    seen = []
+    for methods in ([PAINT()], [PAINT(), mmfix.method("causalmm-vision")], [PAINT(), mmfix.method("vcd")]):
+        with mmfix.mitigate(llava, methods) as fix:
+            out = vlm.greedy(llava, inputs, 2)
+            rows = fix.rows_per_prompt
+            seen.append(fix._session.watch.laid[0][::rows].clone())
+            assert fix.report().fired["paint"].fired > 0
+        assert all(step.isfinite().any(-1).all() for step in out.logits)
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0])
+
+
 def test_nothing_of_it_stays(llava: Any) -> None:
     before = vlm.logits(llava, vlm.one())
     with mmfix.mitigate(llava, "paint"):

@@ -65,7 +65,9 @@ def act_command(
     typer.echo(f"heads             {heads} (layer.head), of {len(scores['gain'])} tried")
     typer.echo(f"right answers     plain {scores['plain']:.3f}, all chosen heads {scores['chosen']:.3f}")
     typer.echo(f"questions         {found.record['questions']} of {data}; the same ones chose the heads")
-    if not found.values["heads"]:
+    if not found.record["fired"]:
+        typer.echo("No key of any prompt received enough attention to be a sink: try --options rule=relative,alpha=2")
+    elif not found.values["heads"]:
         typer.echo("No head alone helps on these questions: act with these values is the plain model.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix eval run --model {model} --methods greedy,act --tasks tinyworld-pope")
@@ -110,6 +112,9 @@ def sofa_command(
         mark = " <" if row["sigma"] == found.values["sigma"] else ""
         typer.echo(f"{row['sigma']:5.2f}  {row['accuracy']:8.3f}  {row['consistency']:.3f}{mark}")
     typer.echo(f"{found.record['scores'][0]['pairs']} questions in two orders, {found.record['data']}")
+    if not any(row["fired"] for row in found.record["scores"]):
+        typer.echo("sofa never fired: these prompts have no token between two pictures, which then count as one,")
+        typer.echo("so that sigma says nothing here.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix eval run --model {model} --methods greedy,sofa --tasks tinyworld-position")
 
