@@ -42,14 +42,17 @@ demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print th
 
 EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair
 
+# Methods without a default: what they lack is chosen here, on the dev split or by hand.
+CHOSEN := icd:instruction=You are a confused object detector.,act:heads=all,vseam:heads=runs/record/vseam.json,retrieval-heads:heads=runs/record/retrieval.json
+
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
-	$(EVAL) --methods greedy,plausibility,causalmm,causalmm-vision,causalmm-language,var,vhr,mma \
-	  --split test --limit 200 --out runs/record/tinyworld-methods
+	for score in vseam retrieval; do $(BIN)/mmfix heads --model tiny --score $$score --out runs/record/$$score.json; done
+	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 200 --engine ray --workers 2 --out runs/record/tinyworld-methods
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
-	for run in runs/record/*; do \
+	for run in runs/record/tinyworld*; do \
 	  mkdir -p evals/records/$$(basename $$run) && cp $$run/results.json evals/records/$$(basename $$run)/; done
 
 readme: $(STAMP) ## regenerate the README's tables, example and pictures from the committed records

@@ -14,7 +14,7 @@ import mmfix
 from mmfix.errors import ConflictError
 
 PAIRS = list(itertools.combinations(mmfix.methods(), 2))
-STEPS = 3
+STEPS = 2
 
 
 def logits(model: Any, names: tuple[str, ...]) -> torch.Tensor:

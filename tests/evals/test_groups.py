@@ -41,6 +41,13 @@ def test_members_that_cannot_run_are_left_out_with_the_reason() -> None:
     assert "vcd" not in left_out
 
 
+def test_a_member_that_runs_with_parameters_of_its_own_is_not_left_out() -> None:
+    decoder = Decoder.from_pretrained("tiny", device="cpu")
+    arms, left_out = choose(["@contrast", "icd:instruction=Be confused."], decoder)
+    assert "icd" not in left_out
+    assert [arm.name for arm in arms if arm.name.startswith("icd")] == ["icd:instruction=Be confused."]
+
+
 def test_a_method_that_was_named_is_never_left_out() -> None:
     decoder = Decoder.from_pretrained("tiny", device="cpu")
     arms, left_out = choose(["greedy", "@contrast", "icd"], decoder)
