@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from mmfix import selection
+from mmfix.enhanced import Enhanced
 from mmfix.errors import UnsupportedModel
 from mmfix.method import Method
 from mmfix.segments import Markers
@@ -173,8 +174,10 @@ def why_not(family: Family, method: Method) -> str:
         return reason
     touches_keys = method.masks or type(method).edits is not Method.edits
     drops_image = any(not branch.image for branch in branches)
+    reads_keys = any(isinstance(one, Enhanced) for one in method.readouts(family))
     reads_heads = any(method.wants_heads(n, family.num_layers) for n in range(family.num_layers))
-    if touches_keys or drops_image or reads_heads or method.compares_states or method.retrace():
+    reads_image = method.compares_states or method.retrace() is not None
+    if touches_keys or drops_image or reads_heads or reads_keys or reads_image:
         return "image keys live in its cross-attention layers only, none in self-attention"
     return ""
 

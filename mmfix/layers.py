@@ -178,6 +178,9 @@ class LayerState:
             return grouped_attention(AttentionCall(**inputs), session.backend).output.transpose(1, 2).contiguous(), None
         if session.measuring is not None:
             return session.measuring.attend(inputs)
+        if session.readouts is not None and session.readouts.alone:
+            batch, heads, length, _ = inputs["query"].shape
+            return inputs["value"].new_zeros(batch, length, heads, inputs["value"].shape[-1]), None
         if session.aside:
             assert session.text_only is not None
             return session.text_only.attend(inputs, session.backend)
@@ -189,6 +192,8 @@ class LayerState:
             inputs = session.overlooking.masked(self.layer, inputs, labelled, session.current, session.spans.last)
         masses = "last" if session.telemetry else "none"
         bare = AttentionCall(**inputs)
+        if session.readouts is not None:
+            session.readouts.read(self.layer, bare, self._groups)
         groups = self._groups(bare.keys) if self.edits or session.telemetry else None
         plain = dataclasses.replace(bare, groups=groups, edits=self.edits, masses=masses)  # type: ignore[arg-type]
         if self.opened is None:

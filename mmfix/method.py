@@ -17,6 +17,7 @@ from mmfix_kernels import Edit, HeadScale
 
 if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix
+    from mmfix.enhanced import Enhanced
     from mmfix.families import Family
     from mmfix.readouts import Readout
     from mmfix.retracing import Retrace
@@ -182,7 +183,7 @@ class Method:
         """Counterfactual rows beside every prompt row; each costs a forward pass per token, in the same batch."""
         return ()
 
-    def readouts(self, family: Family) -> Sequence[Readout]:
+    def readouts(self, family: Family) -> Sequence[Readout | Enhanced]:
         """Hidden states that are read out as logits beside the model's own; not together with branches."""
         return ()
 

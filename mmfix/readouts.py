@@ -6,14 +6,16 @@ where a layer receives them, for the positions whose logits were asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mmfix.enhanced import Enhanced, Enhancing
 from mmfix.errors import UnsupportedModel
+from mmfix_kernels import AttentionCall, KeyGroups
 
 if TYPE_CHECKING:
     from mmfix.families import Family
@@ -38,22 +40,32 @@ class Readout:
 class Readouts:
     """The readouts of a session: hooks that note states, and the logits made of them."""
 
-    def __init__(self, family: Family, wanted: tuple[Readout, ...], session: Session) -> None:
+    def __init__(self, family: Family, wanted: tuple[Readout | Enhanced, ...], session: Session) -> None:
         self.family, self.wanted, self.session = family, wanted, session
+        self.enhancing = [Enhancing(family, one) for one in wanted if isinstance(one, Enhanced)]
         self.norm = final_norm(family)
         self.head = output_embeddings(family)
         self.keep: Any = 0  # logits_to_keep of the pass
         self._states: dict[int, Tensor] = {}  # layer → [B, L, hidden]; the number of layers → what leaves the last
+        self._enhanced: list[Tensor] = []  # [B, L, hidden], of the enhanced readouts in order
         self._checked = False
 
-    def hooks(self) -> list[Any]:
-        """Install; the handles that remove it again."""
+    def hooks(self) -> Iterator[Any]:
+        """Install, one by one; the handles that remove it again."""
         layers = self.family.layers
-        handles = [
-            layers[n].register_forward_pre_hook(self._entering(n), with_kwargs=True)
-            for n in sorted({one.layer for one in self.wanted})
-        ]
-        return [*handles, layers[-1].register_forward_hook(self._leaving)]
+        for n in sorted({one.layer for one in self.wanted if isinstance(one, Readout)}):
+            yield layers[n].register_forward_pre_hook(self._entering(n), with_kwargs=True)
+        yield layers[-1].register_forward_hook(self._leaving, with_kwargs=True)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the last layer runs once more without its attention."""
+        return any(one.alone for one in self.enhancing)
+
+    def read(self, layer: int, call: AttentionCall, groups: Callable[[int], KeyGroups]) -> None:
+        """At an attention call of the pass, for readouts that enter the last layer from another one."""
+        for one in self.enhancing:
+            one.read(layer, call, groups, self.keep)
 
     def _entering(self, layer: int) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,9 +74,12 @@ class Readouts:
 
         return enter
 
-    def _leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._checked and self.session.active and not self.session.aside:
+    def _leaving(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.session.active or self.session.aside:
+            return
+        if not self._checked:
             self._states[len(self.family.layers)] = output[0] if isinstance(output, tuple) else output
+        self._enhanced = [one.leaving(module, args, kwargs) for one in self.enhancing]
 
     def logits(self, own: Tensor) -> Tensor:
         """[B, n, k, V]: the readouts at the positions of the model's `own` logits [B, k, V].
@@ -74,11 +89,16 @@ class Readouts:
         """
         if not self._checked:
             self._check(own)
-        return torch.stack([self._read(self._states[one.layer], one.norm) for one in self.wanted], dim=1)
+        enhanced = iter(self._enhanced)
+        found = [
+            self._read(self._states[one.layer], one.norm) if isinstance(one, Readout) else self._read(next(enhanced))
+            for one in self.wanted
+        ]
+        return torch.stack(found, dim=1)
 
     def clear(self) -> None:
         """After a pass."""
-        self._states = {}
+        self._states, self._enhanced = {}, []
 
     def _read(self, state: Tensor, norm: bool = True) -> Tensor:
         """[B, k, V] of [B, L, hidden]."""

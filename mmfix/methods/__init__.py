@@ -13,6 +13,7 @@ from mmfix.methods.m3id import M3ID
 from mmfix.methods.mas import MAS
 from mmfix.methods.memvr import MemVR
 from mmfix.methods.mma import MMA
+from mmfix.methods.only import ONLY
 from mmfix.methods.pai import PAI
 from mmfix.methods.plausibility import Plausibility
 from mmfix.methods.sid import SID
@@ -34,6 +35,7 @@ __all__ = [
     "M3ID",
     "MAS",
     "MMA",
+    "ONLY",
     "PAI",
     "SID",
     "SPIN",

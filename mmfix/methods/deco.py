@@ -38,7 +38,8 @@ class Correction(Mix):
         probs, order = logits[:, 0].float().softmax(-1).sort(dim=-1, descending=True, stable=True)
         before = probs.cumsum(-1) - probs  # a token is one as long as those before it do not hold the share
         ranks = torch.arange(probs.shape[-1], device=probs.device)
-        found = ((before < self.top_p) & (ranks < self.top_k)) | (ranks == 0)
+        enough = before >= self.top_p + (self.top_p == 1)  # of all, since sums are rounded
+        found = (~enough & (ranks < self.top_k)) | (ranks == 0)
         return ~torch.zeros_like(found).scatter(-1, order, found)
 
     def combined(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:

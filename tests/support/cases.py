@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
         active={"top_p": 1.0, "top_k": 1000},
         identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
     ),
-    "dola": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "dola": Case(active={"layers": (1, 3), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (41,), "at": "question", "beta": 1e-9},
@@ -60,6 +60,7 @@ CASES: dict[str, Case] = {
         other_prompt=True,
     ),
     "m3id": Case(active={"decay": 0.2, "start": 5, "beta": 1e-9}, identity={"decay": 0.0, "beta": 1e-9}),
+    "only": Case(active={"beta": 1e-9}, identity={"plus": 0.0, "minus": 0.0, "beta": 1e-9}),
     "pai": Case(active={"beta": 1e-9}, identity={"alpha": 0.0, "gamma": 1.0}),
     "sid": Case(active={"count": 3, "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "spin": Case(active={"keep": 0.7}, identity={"factor": 1.0}),
