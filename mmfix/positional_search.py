@@ -50,7 +50,8 @@ def steady(states: Tensor) -> Tensor:
     powers = torch.stack([x**n for n in range(4)], dim=-1)  # [T, 4]
     fit = torch.linalg.pinv(powers) @ part.double()  # [layers, 4, hidden]
     slope = torch.stack([torch.zeros_like(x), torch.ones_like(x), 2 * x, 3 * x**2], dim=-1) @ fit
-    return (slope > 0).all(1) | (slope < 0).all(1)
+    monotone: Tensor = (slope > 0).all(1) | (slope < 0).all(1)
+    return monotone
 
 
 def roughness(states: Tensor) -> Tensor:
