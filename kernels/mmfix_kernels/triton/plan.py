@@ -288,10 +288,11 @@ def prefill_tile(width: int, plan: Plan, wide_scores: bool, masked: bool = False
     return Tile(64, 32, 8, 1 if plan.moves and major > 9 else 2)  # 64 keys at once would spill
 
 
-def decode_tile(rows: int, width: int, wide_scores: bool) -> Tile:
+def decode_tile(rows: int, width: int, wide_scores: bool, plan: Plan) -> Tile:
     """Tile of the decode kernel for the folded row count."""
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if width >= 256:
         tall = min(tall, 32)
     keys = 32 if width >= 128 or wide_scores else 64
-    return Tile(tall, keys, 4, 1 if wide_scores else 3)
+    stages = 2 if plan.scores and plan.moves else 3  # three blocks in flight would spill where both are there
+    return Tile(tall, keys, 4, 1 if wide_scores else stages)
