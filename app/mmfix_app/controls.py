@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import mmfix
 from mmfix import Method
 from mmfix.errors import MethodError
 
-Kind = Literal["number", "whole", "switch", "choice", "list", "words"]
+Kind = Literal["number", "whole", "optional", "switch", "choice", "list", "words"]
 WIDE = 10_000.0
 """A range wider than this gets a number box, not a slider."""
 
@@ -97,7 +98,9 @@ def _kind(hint: Any) -> tuple[Kind, tuple[str, ...]]:
         return "whole", ()
     if not optional and plain == [float]:
         return "number", ()
-    return ("words" if str in plain else "list"), ()
+    if optional and plain in ([int], [float]):
+        return "optional", ()
+    return ("words" if plain == [str] else "list"), ()
 
 
 def _literals(hint: Any) -> list[Any]:
@@ -112,7 +115,7 @@ def _literals(hint: Any) -> list[Any]:
 def _shown(value: Any, kind: Kind) -> Any:
     if kind == "choice":
         return NONE if value is None else str(value)
-    if kind in ("list", "words"):
+    if kind in ("optional", "list", "words"):
         nested = isinstance(value, tuple) and any(isinstance(one, tuple) for one in value)
         shown = str(list(value)) if nested else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         return "" if value is None else shown
@@ -144,12 +147,26 @@ def read(control: Control, given: Any) -> Any:
     text = "" if given is None else str(given).strip()
     if len(text) > 200:
         raise MethodError(f"{control.label}: at most 200 characters")
-    return (text or None) if control.kind == "words" else _read_list(control, text)
+    if not text:
+        return None
+    if control.kind == "optional":
+        return _read_number(control, text)
+    return text if control.kind == "words" else _read_list(control, text)
+
+
+def _read_number(control: Control, text: str) -> float:
+    low = -math.inf if control.low is None else control.low
+    high = math.inf if control.high is None else control.high
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or math.isinf(value):
+        raise MethodError(f"{control.label}: give a number from {low:g} to {high:g}, or nothing")
+    return int(value) if value.is_integer() else value
 
 
 def _read_list(control: Control, text: str) -> Any:
-    if not text:
-        return None
     try:
         value = ast.literal_eval(text if text[0] in "([" else f"({text},)")
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:

@@ -159,10 +159,11 @@ class Service:
         found = []
         for name in mmfix.methods():
             try:
-                controls.started(self.model, name).prepare(self.family)
+                method = controls.started(self.model, name).prepare(self.family)
             except MmfixError:
                 continue  # such as VAR without sink dimensions
-            found.append(name)
+            if method.search() is None:  # a search has its answer at the end, and nothing to show before
+                found.append(name)
         return found
 
     def request(

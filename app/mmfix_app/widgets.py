@@ -44,7 +44,7 @@ def component(one: controls.Control) -> Any:
         return gr.Dropdown(list(one.choices), value=one.value, filterable=False, **options)
     if one.kind == "switch":
         return gr.Checkbox(one.value, **options)
-    if one.kind in ("list", "words"):
+    if one.kind in ("optional", "list", "words"):
         return gr.Textbox(one.value, max_length=200, **options)
     if one.slider:
         return gr.Slider(one.low, one.high, one.value, step=one.step, **options)

@@ -113,6 +113,7 @@ class Shape(Method):
     maybe: Literal["x", "y"] | None = param(None, "which or none")
     layers: tuple[int, ...] | None = param(None, "layers")
     role: str | None = param(None, "a text", example="You are tired.")
+    factor: float | None = param(None, "a number or none", 0.0, 2.0)
     file: str | None = param(None, "a file's name")
     bare: float = 1.0
 
@@ -128,8 +129,12 @@ def test_controls_follow_the_fields_of_any_method() -> None:
     kinds = {name: c.kind for name, c in found.items()}
     assert kinds == {
         "strength": "number", "count": "whole", "on": "switch", "way": "choice", "maybe": "choice", "layers": "list",
-        "role": "words", "bare": "number",
+        "role": "words", "factor": "optional", "bare": "number",
     }  # fmt: skip
+    assert [controls.read(found["factor"], text) for text in ("", "1.5", None)] == [None, 1.5, None]
+    for wrong in ("3", "nan", "many"):
+        with pytest.raises(MethodError, match="from 0 to 2, or nothing"):
+            controls.read(found["factor"], wrong)
     assert found["role"].value == "You are tired."
     assert controls.read(found["role"], " Be brief. ") == "Be brief."
     assert controls.read(found["role"], "") is None
