@@ -73,12 +73,14 @@ def trouble(model: Any, tiny: Any, name: str) -> str:
         AssertionError: it ran and gave logits that are not finite.
     """
     inputs = tiny.batch(tiny.rows(padded=True))
-    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    search = mmfix.methods()[name].kind == "search"
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": not search, "return_dict_in_generate": True}
     try:
         with torch.no_grad(), mmfix.mitigate(model, active(name)):
-            logits = model.generate(**inputs, **options, suppress_tokens=list(range(90, 100))).logits
+            found = model.generate(**inputs, **options, suppress_tokens=list(range(90, 100)))
     except MmfixError as error:
         return _short(str(error), type(model).__name__, name)
+    logits = [found.sequences] if search else found.logits
     kept = torch.stack(logits).float()
     assert not kept.isnan().any(), f"{name} on {tiny.title}: NaN"
     assert (kept.amax(-1) < torch.inf).all(), f"{name} on {tiny.title}: infinite"
