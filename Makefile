@@ -43,7 +43,7 @@ demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print th
 EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair
 
 # Methods without a default: what they lack is chosen here, on the dev split or by hand.
-CHOSEN := icd:instruction=You are a confused object detector.,act:heads=all,vseam:heads=runs/record/vseam.json,retrieval-heads:heads=runs/record/retrieval.json
+CHOSEN := icd:instruction=You are a confused object detector.,act:heads=all,vseam:heads=runs/record/vseam.json,retrieval-heads:heads=runs/record/retrieval.json,positional-hidden:dims=[129],factor=-1
 
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld

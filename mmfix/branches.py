@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmfix.errors import MethodError
+from mmfix.errors import MethodError, MmfixError
 from mmfix.pictures import Blank as Blank
 from mmfix.pictures import DiffusionNoise as DiffusionNoise
 from mmfix.relevance import KeepRelevant
@@ -91,7 +91,14 @@ class RepeatQuestion:
         first, after = int(place[0]), int(place[-1]) + 1
         text, width = ids[after:].tolist(), len(self.marker)
         starts = [n for n in range(len(text)) if width and tuple(text[n : n + width]) == self.marker]
+        if width and len(starts) != 1:
+            raise MmfixError(
+                f"{len(starts)} answers begin (token ids {list(self.marker)}) after the image of a prompt, so which "
+                "question is to be read again is not known; give prompts of one question that end with the answer's header"
+            )
         question = ids[after : after + starts[0] if starts else len(ids)].repeat(self.times)
+        if self.times and not len(question):
+            raise MmfixError("there is no question after the image of a prompt, so nothing can be read again")
         none = torch.zeros_like(question, dtype=torch.bool)
         return torch.cat([ids[:first], question, ids[first:]]), torch.cat([image[:first], none, image[first:]])
 
@@ -204,6 +211,9 @@ class Mix:
             mixed = mixed * self.scale
         if self.cuts:
             mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
+        # A strong contrast gives what half precision cannot hold: then the largest is put at 0, which changes no choice.
+        peak = mixed.amax(-1, keepdim=True)
+        mixed = torch.where(peak > torch.finfo(logits.dtype).max / 4, mixed - peak, mixed)
         return mixed.to(logits.dtype)
 
     @property
@@ -227,7 +237,8 @@ class Mix:
         factual = branches[:, 0]
         mixed = factual * self.weights[0]
         for r, weight in enumerate(self.weights[1:], start=1):
-            mixed = mixed + weight * branches[:, r]
+            # What a branch excludes is no reason for what the factual row allows: it counts as the factual row does.
+            mixed = mixed + weight * torch.where(branches[:, r].isneginf(), factual, branches[:, r])
         if self.growth is not None:
             if steps is None:
                 raise MethodError("a contrast that grows needs the number of each generated token; give steps")

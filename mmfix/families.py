@@ -70,6 +70,14 @@ class Family:
         return len(self.layers)
 
     @property
+    def splits_pictures(self) -> bool:
+        """Whether one picture may be several runs of image tokens, or one run hold several tiles of a picture."""
+        config = self.whole.config
+        tiles = getattr(config, "image_grid_pinpoints", None) is not None
+        rows = getattr(getattr(config, "vision_config", None), "model_type", "") == "pixtral"
+        return tiles or rows or _kind(self.whole) in _SPLITTING
+
+    @property
     def bidirectional(self) -> bool:
         """Whether every token of a prompt attends to the whole prompt (PaliGemma)."""
         return bool(getattr(self.decoder.config, "use_bidirectional_attention", None))
@@ -155,6 +163,10 @@ def describe(model: Any) -> Family:
     )
 
 
+# Model types whose processors cut a picture into tiles: with tokens between them, or all of them in one run.
+_SPLITTING = ("idefics2", "idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "mllama")
+
+
 def why_not(family: Family, method: Method) -> str:
     """Why a method means nothing in this family; "" when it applies.
 
@@ -169,6 +181,11 @@ def why_not(family: Family, method: Method) -> str:
         return f"the vision tower ({type(family.tower).__name__}) computes attention outside the AttentionInterface"
     if "resampler" in parts and not family.resampler_attentions:
         return "there is no Q-Former or perceiver whose attention can be replaced"
+    if method.tells_pictures_apart and family.splits_pictures:
+        return (
+            "it cuts pictures into rows or tiles, as several runs of image tokens or several tiles in one run, so "
+            "which of them are one picture is not known"
+        )
     reasons = [selection.why_not(family, branch.select) for branch in branches if branch.select is not None]
     if method.tower_layers(len(family.tower_attentions)):
         reasons.append(watch.why_not(family))

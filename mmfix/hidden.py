@@ -7,6 +7,7 @@ are computed by calling the attention once more, without the hooks and without a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +68,11 @@ class HiddenHooks:
             )
         self.module, self.projections = module, parts[:2]
 
-    def install(self) -> list[Any]:
-        """Handles that remove the hooks again."""
-        handles = [part.register_forward_pre_hook(self._entering) for part in self.projections]  # type: ignore[union-attr]
-        return [*handles, self.module.register_forward_hook(self._leaving, with_kwargs=True)]
+    def install(self) -> Iterator[Any]:
+        """Handles that remove the hooks again, each as its hook is made."""
+        for part in self.projections:
+            yield part.register_forward_pre_hook(self._entering)  # type: ignore[union-attr]
+        yield self.module.register_forward_hook(self._leaving, with_kwargs=True)
 
     @property
     def acting(self) -> bool:

@@ -58,6 +58,7 @@ class LayerState:
         self.frozen: list[tuple[Edit, int]] = []  # what methods made of the prompt's attention; stays for its turns
         self.opened: Opened | None = None
         self.mask_owners: list[int] = []
+        self.masks_apart = False  # whether masks change for some batch rows only
         self.reorder: Reorder | None = None
         self.fired: Tensor | None = None  # Int64[methods, 2]
         self.kept: dict[tuple[Group, ...], Tensor] = {}  # memberships of `kept_for`, the labels
@@ -113,6 +114,7 @@ class LayerState:
             self.edits.append(edit)
             self.owners.append(owner)
         self.opened = None
+        self.masks_apart = any(edit.batch is not None for edit in wanted)
         if wanted:
             assert segments is not None
             key = tuple(wanted)

@@ -128,6 +128,15 @@ class Method:
         """Int64[B, T]: the position of every prompt token; generated ones count on from the largest."""
         raise NotImplementedError
 
+    def counts_patches(self, family: Family) -> bool:
+        """Whether it gives every patch of a picture a number of its own."""
+        return bool(self.tower_layers(len(family.tower_attentions)))
+
+    @property
+    def tells_pictures_apart(self) -> bool:
+        """Whether it must know which image tokens are one picture."""
+        return False
+
     @property
     def rewrites_positions(self) -> bool:
         """Whether the method answers :meth:`positions`."""

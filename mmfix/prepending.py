@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +47,11 @@ def lent(hidden: Tensor, image: Tensor, last: Tensor) -> Tensor:
     return changed
 
 
-def install(session: Session, layers: tuple[nn.Module, ...]) -> list[Any]:
-    """Handles of the hooks that methods ask for."""
-    chosen = [layer for n, layer in enumerate(layers) if any(m.prepends(n) for m in session.methods)]
-    return [layer.register_forward_pre_hook(Prepending(session), with_kwargs=True) for layer in chosen]
+def install(session: Session, layers: tuple[nn.Module, ...]) -> Iterator[Any]:
+    """Handles of the hooks that methods ask for, each as its hook is made."""
+    for n, layer in enumerate(layers):
+        if any(m.prepends(n) for m in session.methods):
+            yield layer.register_forward_pre_hook(Prepending(session), with_kwargs=True)
 
 
 def before_image(ids: Tensor, image: Tensor, token: int) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,9 @@ def opened(segments: Segments, edits: Sequence[MaskEdit], start: int) -> Opened 
                     "the prompt came in pieces and its first tokens were to see tokens of a later piece; give the "
                     "whole prompt at once (no prefill_chunk_size), or each turn whole"
                 )
-        chosen = _touched(edit, pairs(segments, edit, start, length)) & (~causal if edit.allow else causal)
+        chosen = _touched(edit, pairs(segments, edit, start, length))
+        if edit.allow:  # what is closed may be in the future: some models let a picture see all of itself
+            chosen = chosen & ~causal
         found[edit.allow] = found[edit.allow] | chosen if edit.allow in found else chosen
     shares = {edit.share for edit in edits}
     if len(shares) > 1:

@@ -291,7 +291,7 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
-        if before is not None and not self.talk.steps and bool((before != self.talk.spans.has_image).any()):
+        if before is not None and not answered and bool((before != self.talk.spans.has_image).any()):
             pieces.check_late_image(self)
         if self.watch is not None:
             self.watch.due = "piece" if further else "prompt"

@@ -227,7 +227,8 @@ class Steering:
     def _looking(self, edits: list[tuple[int, Steer]]) -> Callable[..., Any]:
         def change(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             session = self.session
-            if session.family.outer is None and not (session.active or session.turn.generating):
+            encoding = session.vision is not None and session.vision.encoding
+            if session.family.outer is None and not (session.active or session.turn.generating or encoding):
                 return None  # a user's own look at a picture
             x = output
             for owner, edit in edits:

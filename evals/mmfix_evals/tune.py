@@ -138,6 +138,8 @@ class TuneConfig:
             "seed": base.seed,
             "world_seed": base.world_seed,
             "dtype": base.dtype,
+            "parser": base.parser,
+            "data": None if base.data is None else str(base.data),
             "max_new_tokens": base.max_new_tokens,
             "gen_kwargs": results.clean_values(base.gen_kwargs),
         }

@@ -62,6 +62,10 @@ class CCA(Method):
             raise MethodError(f"cca.grid={self.grid!r}: give (rows, columns), both at least 1")
         object.__setattr__(self, "grid", grid)
 
+    @property
+    def tells_pictures_apart(self) -> bool:
+        return True
+
     def prepare(self, family: Family) -> CCA:
         if self.grid is not None:
             return self

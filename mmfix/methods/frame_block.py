@@ -60,6 +60,10 @@ class FrameBlock(Method):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
 
+    @property
+    def tells_pictures_apart(self) -> bool:
+        return True
+
     def prepare(self, family: Family) -> FrameBlock:
         layers = chosen_layers(self, range(family.num_layers), family.num_layers)
         return dataclasses.replace(self, layers=layers, tokens=self.tokens or tokens_per_picture(family))

@@ -34,7 +34,11 @@ class JRT(Method):
         until: where the question ends: at the "assistant" marker, or at the end of the "prompt".
         marker: token ids that begin an answer; None takes those of the processor given to ``mitigate``.
 
+    The copy holds everything between the image's last token and the answer's header: where a template closes the
+    picture or the turn with tokens of its own, these are repeated too.
+
     Raises:
+        MmfixError: a prompt has no question after its image, or not one answer's header.
         MethodError: a value out of range, or ``until="assistant"`` and no marker is known.
     """
 

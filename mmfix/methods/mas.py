@@ -9,7 +9,7 @@ from typing import Literal
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site, chosen_layers, param, register
 from mmfix.segments import MaskEdit, Role
 
 
@@ -59,6 +59,8 @@ class MAS(Method):
                 object.__setattr__(self, name, tuple(int(n) for n in value))
 
     def prepare(self, family: Family) -> MAS:
+        if self.layers is not None:
+            self = dataclasses.replace(self, layers=chosen_layers(self, (), family.num_layers))
         if self.until == "prompt" or self.marker:
             return self
         if family.markers is None:

@@ -15,7 +15,7 @@ class Opera(Method):
 
     Each beam's C likeliest next tokens are tried, each with a pass. With w_ij the attention of generated token i to
     generated token j in the last layer (the largest over heads; a row divided by its sum over all keys) and n the
-    number of generated tokens with the candidate, a candidate's logit is lowered by ``weight * phi``:
+    number of generated tokens with the candidate, a candidate's logit is lowered by ``weight * phi``::
 
         s_j = 1e-7 prod_{i >= j} sigma w_ij        phi = max_j s_j         (n > grace)
                                                    phi = -(share of its row on the image)   (n <= grace)

@@ -60,6 +60,10 @@ class PINE(Method):
         if self.tokens is not None and (not isinstance(self.tokens, int) or self.tokens < 1):
             raise MethodError(f"pine.tokens={self.tokens!r}: give a whole number from 1 on, or None")
 
+    @property
+    def tells_pictures_apart(self) -> bool:
+        return True
+
     def prepare(self, family: Family) -> PINE:
         return dataclasses.replace(self, tokens=self.tokens or tokens_per_picture(family))
 

@@ -45,6 +45,10 @@ class SoFA(Method):
         if self.layers not in ("even", "odd", "all"):
             raise MethodError(f"sofa.layers={self.layers!r}: choose 'even', 'odd' or 'all'")
 
+    @property
+    def tells_pictures_apart(self) -> bool:
+        return True
+
     def mask(self, site: Site) -> Sequence[MaskEdit]:
         if self.sigma == 0 or (self.layers != "all" and site.layer % 2 != (self.layers == "odd")):
             return ()

@@ -10,6 +10,7 @@ from support import steered, vlm
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
+CORE = ("causalmm", "causalmm-language", "causalmm-vision", "mma", "plausibility", "var", "vhr")
 _BUILT: dict[str, Any] = {}
 
 
@@ -17,6 +18,28 @@ def _model(name: str) -> Any:
     if name not in _BUILT:
         _BUILT[name] = steered.calibrated(vlm.build(name))
     return _BUILT[name]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Methods outside the core run on one of the two LLaVAs, the one with grouped queries, and on the other families.
+
+    There are many of them, and what the other one adds (as many key heads as query heads) is the simpler case.
+    """
+    spared = [item for item in items if _simpler(getattr(item, "callspec", None))]
+    config.hook.pytest_deselected(items=spared)
+    items[:] = [item for item in items if item not in set(spared)]
+
+
+def _simpler(spec: Any) -> bool:
+    if spec is None or spec.params.get("model") != "llava":
+        return False
+    chosen = spec.params.get("name") or spec.params.get("method") or spec.params.get("methods")
+    names = [one if isinstance(one, str) else one.info.name for one in _listed(chosen) if one is not None]
+    return len(names) == 1 and names[0] not in CORE
+
+
+def _listed(chosen: Any) -> list[Any]:
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
 
 
 @pytest.fixture(params=vlm.MODELS)

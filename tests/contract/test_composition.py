@@ -18,13 +18,15 @@ STEPS = 2
 
 
 def logits(model: Any, names: tuple[str, ...]) -> torch.Tensor:
-    """Logits of every step, Float[B, T, V], of a left-padded batch of two prompts."""
+    """Logits of every step, Float[B, T, V], of a left-padded batch of two prompts; the answers of a search."""
     inputs = vlm.batch(
         [vlm.tokens(3, "image", 6, seed=1), vlm.tokens(2, "image", 3, seed=2)],
         torch.cat([vlm.picture(1), vlm.picture(2)]),
     )
+    search = any(mmfix.methods()[name].kind == "search" for name in names)
     with mmfix.mitigate(model, [active(name) for name in names]):
-        return torch.stack(vlm.greedy(model, inputs, STEPS).logits, 1)
+        found = vlm.greedy(model, inputs, STEPS, output_logits=not search)
+    return found.sequences.float() if search else torch.stack(found.logits, 1)
 
 
 @pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")

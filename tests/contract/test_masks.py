@@ -191,6 +191,7 @@ def test_a_share_blends_outputs() -> None:
     state = mmfix.layers.LayerState.__new__(mmfix.layers.LayerState)
     state.session = type("Quiet", (), {"backend": None, "current": type("Now", (), {"total": len(TALK)})})()
     state.mask_owners = []
+    state.repeating = False
     inputs = {
         "query": call.query, "key": call.key, "value": call.value, "mask": None, "is_causal": True,
         "scale": None, "softcap": None,

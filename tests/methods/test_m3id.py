@@ -77,6 +77,17 @@ def test_weights_at_long_t() -> None:
     assert torch.equal(mix(logits, torch.tensor([0]))[0, 0, :2], logits[0, 0, 0, :2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_answers_in_half_precision(dtype: torch.dtype) -> None:
+    """The chosen token is that of float32, and no plausible logit is infinite."""
+    logits = 4 * torch.randn(1, 2, 1, 50, generator=torch.Generator().manual_seed(0))
+    mix, step = M3ID().mix(), torch.tensor([511])
+    whole, half = mix(logits, step), mix(logits.to(dtype), step)
+    assert int(half.argmax()) == int(whole.argmax())
+    assert not half.isposinf().any()
+    assert not half.float().softmax(-1).isnan().any()
+
+
 def test_a_growing_contrast_must_be_told_the_step() -> None:
     with pytest.raises(MethodError, match="give steps"):
         Mix(weights=(2.0, -1.0), growth=Growth(rate=0.1))(torch.zeros(1, 2, 1, 4))
