@@ -94,11 +94,14 @@ class RepeatQuestion:
         if width and len(starts) != 1:
             raise MmfixError(
                 f"{len(starts)} answers begin (token ids {list(self.marker)}) after the image of a prompt, so which "
-                "question is to be read again is not known; give prompts of one question that end with the answer's header"
+                "question is to be read again is not known; give prompts of one question, with the answer's header"
             )
         question = ids[after : after + starts[0] if starts else len(ids)].repeat(self.times)
         if self.times and not len(question):
-            raise MmfixError("there is no question after the image of a prompt, so nothing can be read again")
+            raise MmfixError(
+                "there is no question after the image of a prompt, so nothing can be read again; give prompts whose "
+                "question follows the image, whole and not in pieces (no prefill_chunk_size)"
+            )
         none = torch.zeros_like(question, dtype=torch.bool)
         return torch.cat([ids[:first], question, ids[first:]]), torch.cat([image[:first], none, image[first:]])
 
@@ -211,7 +214,7 @@ class Mix:
             mixed = mixed * self.scale
         if self.cuts:
             mixed = mixed.masked_fill(self.implausible(logits), float("-inf"))
-        # A strong contrast gives what half precision cannot hold: then the largest is put at 0, which changes no choice.
+        # What half precision cannot hold, of a strong contrast: the largest is then put at 0, which changes no choice.
         peak = mixed.amax(-1, keepdim=True)
         mixed = torch.where(peak > torch.finfo(logits.dtype).max / 4, mixed - peak, mixed)
         return mixed.to(logits.dtype)

@@ -39,6 +39,7 @@ KNOWN = frozenset(
         *("prepare", "edits", "mask", "masks", "answer_marker", "wants_sinks", "sinks", "wants_heads", "head_scale"),
         *("scales_text_only", "branches", "readouts", "mix", "positions", "rewrites_positions"),
         *("wants_received", "received", "tower_layers", "patches", "patch_edits"),
+        *("tells_pictures_apart", "counts_patches"),
     }
 )
 

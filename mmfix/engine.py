@@ -204,7 +204,7 @@ def _prepared(family: Family, method: MethodLike | Sequence[MethodLike] | None, 
 def _branch(session: Session, family: Family, methods: list[Method], backend: str | None) -> None:
     """Give the session its branches and mix, or its search; at most one method may have them."""
     mixing = [(n, m) for n, m in enumerate(methods) if m.mix() is not None]
-    for owner, one in mixing:  # a branch that loses some of the picture's tokens is no picture to whoever counts them
+    for _, one in mixing:  # a branch that loses some of the picture's tokens is no picture to whoever counts them
         counting = [m for m in methods if m is not one and (m.tells_pictures_apart or m.counts_patches(family))]
         if counting and any(isinstance(branch.select, Outliers) for branch in one.branches(family)):
             names = " and ".join(repr(m.info.name) for m in (one, *counting))

@@ -70,6 +70,11 @@ class Family:
         return len(self.layers)
 
     @property
+    def pictures_whole(self) -> bool:
+        """Whether image tokens see all of their picture, also what follows them (Gemma 3)."""
+        return _kind(self.whole) in ("gemma3", "gemma3n")
+
+    @property
     def splits_pictures(self) -> bool:
         """Whether one picture may be several runs of image tokens, or one run hold several tiles of a picture."""
         config = self.whole.config

@@ -119,7 +119,7 @@ class LayerState:
             assert segments is not None
             key = tuple(wanted)
             if key not in masks:
-                masks[key] = token_segments.opened(segments, key, past)
+                masks[key] = token_segments.opened(segments, key, past, session.family.pictures_whole)
             self.opened = masks[key]
         self.reserve()
 

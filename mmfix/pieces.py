@@ -25,13 +25,13 @@ def check(session: Session, past: int) -> None:
     every = " and ".join(m.info.name for m in session.methods)
     if any(m.reorders for m in session.methods):
         _refuse(every, "segments see each other whole, and the prompt came in pieces")
-    if session.scales_hidden:
-        _refuse(every, "only the last rows of a prompt are changed, and it came in pieces or turns on a cache")
     if talk.steps:  # a further turn: each is whole by itself
         _check_heads(session, past)
         return
     if any(getattr(e, "rows", None) is Rows.LAST for s in session.layers for e in s.edits):
         _refuse(every, "edits act on the last row of the prompt, and it came in pieces, each of which has a last row")
+    if session.scales_hidden:
+        _refuse(every, "only the last rows of a prompt are changed, and the prompt came in pieces")
     if session.received_layers:
         _refuse(every, "what each key receives is known of whole prompts, and this one came in pieces")
     if session.branching is not None and session.branching.chooses:

@@ -208,8 +208,11 @@ class Opened:
         return changed
 
 
-def opened(segments: Segments, edits: Sequence[MaskEdit], start: int) -> Opened | None:
+def opened(segments: Segments, edits: Sequence[MaskEdit], start: int, ahead: bool = False) -> Opened | None:
     """What `edits` change for query rows start: (the tokens of the pass at hand); None when nothing does.
+
+    Args:
+        ahead: the model itself lets image tokens see later ones of their picture, which is closed too.
 
     Raises:
         MmfixError: an opened key is in this pass and its query was in an earlier one, so it can no longer see it.
@@ -227,8 +230,8 @@ def opened(segments: Segments, edits: Sequence[MaskEdit], start: int) -> Opened 
                     "whole prompt at once (no prefill_chunk_size), or each turn whole"
                 )
         chosen = _touched(edit, pairs(segments, edit, start, length))
-        if edit.allow:  # what is closed may be in the future: some models let a picture see all of itself
-            chosen = chosen & ~causal
+        if edit.allow or not ahead:
+            chosen = chosen & (~causal if edit.allow else causal)
         found[edit.allow] = found[edit.allow] | chosen if edit.allow in found else chosen
     shares = {edit.share for edit in edits}
     if len(shares) > 1:

@@ -55,8 +55,9 @@ class PositionalHidden(Method):
         q = W_q h'    k = W_k h'    v = W_v h
 
     for the last `last` rows of the prompt and every generated token, which attend with changed queries to changed keys.
-    Earlier rows of the prompt attend as ever. The cache keeps the changed keys and the values as they are. One pass;
-    at the prompt these layers compute their attention twice. Prompts without an image are left alone.
+    Earlier rows of the prompt attend as ever; in a further turn on a cache all new rows are changed. The cache keeps
+    the changed keys and the values as they are. One pass; at the prompt these layers compute their attention twice.
+    Prompts without an image are left alone.
 
     Dimensions of the released configurations are built in (Vicuna 7B and 13B, Mistral-7B-v0.2, Qwen1.5-7B, Gemma-7B);
     of another model they have to be found, by ``mmfix calibrate positional``, or given. The released code puts the
