@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import length_table, method_pages, tables
+from mmfix_evals import length_table, method_pages, summary, tables
 from mmfix_evals.bench.table import speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +21,10 @@ RECORD = Path("evals/records/tinyworld")
 EXAMPLE = Path("docs/example.json")
 PICTURE = Path("docs/example.png")
 METHODS_RECORD = "evals/records/tinyworld-methods"
+ALL_RECORD = "evals/records/tinyworld-all"
 SPEED = "kernels/benchmarks/results"
 FULL_TABLE = Path("docs/results.md")
+SUMMARY = Path("docs/all-methods.md")
 
 COLUMNS = (
     ("POPE random", "tinyworld-pope", "random", "accuracy"),
@@ -128,9 +130,14 @@ def generated() -> dict[Path, str]:
     if record is not None:
         full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
         full += f"{_tables(record)}\n"
+    everything = ROOT / ALL_RECORD / "results.json"
+    source, more = f"{METHODS_RECORD}/results.json", {}
+    if everything.is_file():
+        record, source = json.loads(everything.read_text()), f"{ALL_RECORD}/results.json"
+        more[SUMMARY] = summary.page(record, source, length_table.markdown(record))
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
-    pages = method_pages.pages(record, f"{METHODS_RECORD}/results.json", method_pages.families())
-    return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages}
+    pages = method_pages.pages(record, source, method_pages.families())
+    return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages, **more}
 
 
 def make_example(method: str = "vhr", images: int = 100) -> None:

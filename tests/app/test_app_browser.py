@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import struct
-import threading
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paced import pace
 
 from mmfix_app.browser import browser, chromium, compare
-from mmfix_decoding import Decoder
 
 pytestmark = [
     pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (apt-get install chromium)"),
@@ -58,47 +56,6 @@ def visitor(chrome: Any, served: tuple[Any, str]) -> Iterator[Visitor]:
 def page(visitor: Visitor) -> Iterator[Any]:
     yield visitor.page
     assert visitor.problems == []
-
-
-class Paced:
-    """A stream no faster than a reader, whatever the machine: a pause before each token, and a halt after some.
-
-    Args:
-        stream: what is slowed.
-        pause: seconds before each token.
-        halt: tokens after which nothing comes until the stream is cancelled; None never halts.
-    """
-
-    def __init__(self, stream: Any, pause: float, halt: int | None = None) -> None:
-        self._stream = stream
-        self._pause = pause
-        self._halt = halt
-        self._go = threading.Event()
-
-    def __iter__(self) -> Iterator[Any]:
-        for count, event in enumerate(self._stream):
-            if count == self._halt:
-                assert self._go.wait(60), "nobody cancelled"
-            time.sleep(self._pause)
-            yield event
-
-    def cancel(self) -> None:
-        self._stream.cancel()
-        self._go.set()
-
-    def close(self) -> None:
-        self._go.set()
-        self._stream.close()
-
-    @property
-    def report(self) -> Any:
-        return self._stream.report
-
-
-def pace(monkeypatch: pytest.MonkeyPatch, pause: float = 0.0, halt: int | None = None) -> None:
-    """Slow the answers of the running app, which lives in this process."""
-    made = Decoder.stream_pair
-    monkeypatch.setattr(Decoder, "stream_pair", lambda *a, **k: Paced(made(*a, **k), pause, halt))
 
 
 def choose(page: Any, method: str) -> None:

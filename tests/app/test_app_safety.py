@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.paced import pace
 
 from mmfix.errors import ImageError, MethodError, MmfixError, UsageError
 from mmfix_app import gallery, stage
@@ -144,7 +145,10 @@ def test_prompts_and_methods_are_checked(service: Service) -> None:
         service.request(image, "hi", "vhr", {"alhpa": 1}, Decoding())
 
 
-def test_a_run_stops_when_it_is_cancelled_and_frees_the_model(service: Service) -> None:
+def test_a_run_stops_when_it_is_cancelled_and_frees_the_model(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace(monkeypatch, pause=0.02, halt=12)
     request = service.request(gallery.pictures()[0].image, "describe", "vhr", {}, Decoding(128))
     cancelled = threading.Event()
     found: list[Run] = []
@@ -157,7 +161,8 @@ def test_a_run_stops_when_it_is_cancelled_and_frees_the_model(service: Service) 
         assert not any("_mmfix" in module.__dict__ for module in service.model.modules())
 
 
-def test_a_run_stops_at_the_time_limit(service: Service) -> None:
+def test_a_run_stops_at_the_time_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace(monkeypatch, halt=4)
     short = Service(service.decoder, replace(LIMITS, seconds=0.0))
     request = short.request(gallery.pictures()[0].image, "describe", "vhr", {}, Decoding(128))
     assert list(short.run(request))[-1].state == "timeout"

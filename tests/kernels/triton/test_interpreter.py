@@ -13,9 +13,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-def test_the_kernels_equal_their_equations() -> None:
+@pytest.mark.parametrize("shard", ["0/4", "1/4", "2/4", "3/4"])
+def test_the_kernels_equal_their_equations(shard: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "MMFIX_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    environment["MMFIX_SHARD"] = shard
     arguments = ["-p", "no:xdist", "-p", "no:cacheprovider", "-q", "--rootdir", str(HERE)]
     files = [
         str(HERE / f"{name}_cases.py")
