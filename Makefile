@@ -48,7 +48,7 @@ CHOSEN := icd:instruction=You are a confused object detector.,act:heads=all,vsea
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
 	for score in vseam retrieval; do $(BIN)/mmfix heads --model tiny --score $$score --out runs/record/$$score.json; done
-	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 200 --engine ray --workers 2 --out runs/record/tinyworld-all
+	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 50 --batch-size 32 --resamples 20000 --engine ray --workers 2 --out runs/record/tinyworld-all
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
