@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family, describe
-from mmfix.method import Method
+from mmfix.method import Method, frozen
 from mmfix.method import method as build
+from mmfix.storage import write_json
 
 FILE = "mmfix.json"
 
@@ -88,7 +89,7 @@ def sink_dimensions(family: Family) -> tuple[int, ...]:
 def calibrated(model: Any, name: str, **params: Any) -> Method:
     """A method by name with the model's calibrated parameters; `params` given by the caller win."""
     stored: dict[str, Any] = dict(_stored(model).get("methods", {}).get(name, {}))
-    fixed = {key: _frozen(value) for key, value in stored.items()}
+    fixed = {key: frozen(value) for key, value in stored.items()}
     return build(name, **{**fixed, **params})
 
 
@@ -125,7 +126,7 @@ def in_use(model: Any, method: Method) -> dict[str, Any] | None:
     used = {
         field: value
         for field, value in known.items()
-        if field in default and _frozen(value) == getattr(method, field) != default[field]
+        if field in default and frozen(value) == getattr(method, field) != default[field]
     }
     if not used:
         return None
@@ -135,8 +136,6 @@ def in_use(model: Any, method: Method) -> dict[str, Any] | None:
 
 def _merge(path: Path, model: Any, parts: dict[str, Any], name: str, values: dict[str, Any]) -> Path:
     """Write parts of a calibration file and leave its other parts as they are."""
-    from mmfix.heads import write_json
-
     old = _read(path) if path.is_file() else {}
     methods = {**old.get("methods", {}), name: values}
     return write_json(path, {**old, "model": Path(_name(model)).name, **parts, "methods": methods})
@@ -237,10 +236,6 @@ def _cache_file(model: Any) -> Path:
     family = describe(model)
     key = hashlib.sha256(json.dumps([_name(model), *family.fingerprint]).encode()).hexdigest()[:16]
     return cache_folder() / f"{Path(_name(model)).name}-{key}.json"
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
 
 
 def _stored(model: Any) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from mmfix import calibration
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family, describe
 from mmfix.steering import tower_layers
+from mmfix.storage import write_bytes
 
 FILE = "mmfix-vti.safetensors"
 Batch = dict[str, Tensor]
@@ -159,14 +158,7 @@ def save(model: Any, found: Directions, folder: Path | None = None) -> Path:
     kept = {"text": found.text, "vision": None if found.vision is None else found.vision.half()}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in kept.items() if tensor is not None}
     facts = {**found.facts, "fingerprint": _fingerprint(describe(model))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(to_bytes(tensors, {"mmfix": json.dumps(facts)}))
-        os.replace(file.name, path)
-    except OSError as error:
-        raise MmfixError(f"cannot write directions to {path}: {error.strerror}; choose a writable folder") from error
-    return path
+    return write_bytes(path, to_bytes(tensors, {"mmfix": json.dumps(facts)}))
 
 
 def load(family: Family, path: str | None = None) -> Directions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mmfix.errors import DataError, MethodError, MmfixError
+from mmfix.errors import DataError, MethodError
 from mmfix.families import Family
 from mmfix.spans import TokenSpans
+from mmfix.storage import write_json
 
 # What methods call `heads`: a file of a head map, or heads themselves, each (layer, head) or (layer, head, score).
 Heads: TypeAlias = str | tuple[tuple[float, ...], ...]
@@ -82,22 +82,6 @@ class HeadMap:
             raise DataError(f"{path}: not a head map (score, model, data and one number per layer and head); make it "
                             "again with `mmfix heads`")  # fmt: skip
         return HeadMap(values=rows, settings=content.get("settings", {}), also=content.get("also", {}), **known)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write JSON through a temporary file, so that `path` holds the old or the whole new content.
-
-    Raises:
-        MmfixError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MmfixError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-    return path
 
 
 def chosen(heads: Heads | None, top: float, where: str) -> tuple[tuple[float, ...], ...] | None:

@@ -379,7 +379,7 @@ def parse(text: str) -> Method:
         if not equals or not key.strip():
             raise MethodError(f"method {text!r}: {part!r} is not field=value; write {name}:field=value,field=value")
         try:
-            params[key.strip()] = _frozen(json.loads(value))
+            params[key.strip()] = frozen(json.loads(value))
         except json.JSONDecodeError:
             params[key.strip()] = value.strip()
     return method(name.strip(), **params)
@@ -407,15 +407,16 @@ def spec(method: Method) -> dict[str, Any]:
 
 def from_spec(description: dict[str, Any]) -> Method:
     """The method that :func:`spec` described."""
-    return method(description["name"], **{k: _frozen(v) for k, v in description.get("params", {}).items()})
+    return method(description["name"], **{k: frozen(v) for k, v in description.get("params", {}).items()})
 
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def frozen(value: Any) -> Any:
+    """A value read from JSON as a field holds it: lists as tuples."""
+    return tuple(frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def _hint(word: str, choices: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MethodError
+from mmfix.tower import has_class_token
 
 if TYPE_CHECKING:
     from mmfix.families import Family
@@ -105,7 +106,7 @@ def why_not(family: Family, select: Selection) -> str:
         return (
             "image keys live in its cross-attention layers only, none in self-attention" if family.cross_layers else ""
         )
-    if family.tower is None or not _has_cls(family.tower):
+    if family.tower is None or not has_class_token(family.tower):
         return f"the vision tower ({type(family.tower).__name__}) has no CLS token whose attention could be read"
     if family.outer is not None or family.resampler is not None:
         return "image tokens are queries of a resampler, not patches, so the tower's attention does not rank them"
@@ -116,7 +117,3 @@ def check_layer(name: str, layer: int, count: int) -> None:
     """Raise ``MethodError`` for a layer that a part of `count` layers does not have."""
     if not -count <= layer < count:
         raise MethodError(f"{name}={layer}: this model has layers {-count} to {count - 1} there")
-
-
-def _has_cls(tower: torch.nn.Module) -> bool:
-    return any(name.rsplit(".", 1)[-1] in ("class_embedding", "cls_token") for name, _ in tower.named_parameters())

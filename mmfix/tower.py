@@ -53,12 +53,17 @@ def attention_map(inputs: dict[str, Any]) -> Tensor:
 
 
 def cls_attention(inputs: dict[str, Any]) -> Tensor:
-    """Float32[B, N]: how much the first token of each picture attends to the N others, mean over heads."""
+    """Float32[B, H, N]: how much the first token of each picture attends to the N others."""
     query, key = inputs["query"][:, :, :1].float(), inputs["key"].float()
     call = AttentionCall(**inputs)
     scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2) * call.factor
-    found: Tensor = scores.softmax(-1).mean(1)[:, 0, 1:]
+    found: Tensor = scores.softmax(-1)[:, :, 0, 1:]
     return found
+
+
+def has_class_token(module: torch.nn.Module) -> bool:
+    """Whether a vision tower has a class token beside its patches."""
+    return any(name.rpartition(".")[2] in ("class_embedding", "cls_token") for name, _ in module.named_parameters())
 
 
 def _whole(maps: MapReplacement, inputs: dict[str, Any], backend: str | None) -> Tensor:

@@ -167,7 +167,7 @@ class Vision:
             self.watch.see(state.layer, inputs)
         layers = len(self.family.looking(state.part))
         if self.marking is not None and state.part == "tower" and state.layer == self.marking.layer % layers:
-            self.captured = tower.cls_attention(inputs)
+            self.captured = tower.cls_attention(inputs).mean(1)
         if edit is None or edit.part != state.part or not any(state.layer == layer % layers for layer in edit.layers):
             return tower.plain(inputs, self.backend).transpose(1, 2).contiguous(), None
         self.edited += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.spans import TokenSpans
+from mmfix.tower import cls_attention, has_class_token
 
 if TYPE_CHECKING:
     from mmfix.families import Family
@@ -25,8 +26,7 @@ Maps = dict[int, Tensor]  # tower layer → Float32[P, H, N], attention of the c
 
 def why_not(family: Family) -> str:
     """Why what a class token looks at says nothing of the prompt's image tokens; "" when it does."""
-    names = [name.rpartition(".")[2] for name, _ in family.tower.named_parameters()] if family.tower_attentions else []
-    if not any(name in ("class_embedding", "cls_token") for name in names):
+    if not family.tower_attentions or not has_class_token(family.tower):
         return f"the vision tower ({type(family.tower).__name__}) has no class token whose attention can be read"
     if family.outer is not None or family.resampler is not None:
         return "image tokens are queries of a resampler, not patches of the tower"
@@ -58,12 +58,9 @@ class TowerWatch:
         """One attention call of the tower, on the plain picture."""
         if layer not in self.layers:
             return
-        query, key = inputs["query"][:, :, :1].float(), inputs["key"].float()
-        scale = inputs["scale"] if inputs["scale"] is not None else query.shape[-1] ** -0.5
-        scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
         if inputs["mask"] is not None:
             raise UnsupportedModel(f"{self.family.name}: the tower masks patches, so its class token cannot be read")
-        self.maps[layer] = scores.softmax(-1)[:, :, 0, 1:]
+        self.maps[layer] = cls_attention(inputs)
         self.fresh = True
 
     def ask(self, state: LayerState) -> None:

@@ -40,7 +40,7 @@ def sinks_command(
     content, found = measure(decoder, picture, prompt, given, tau)
     content["image"] = image if image is not None else f"TinyWorld {headdata.SPLIT} 0"
     if out is not None:
-        from mmfix.heads import write_json
+        from mmfix.storage import write_json
 
         write_json(out, content)
     if plot is not None:
