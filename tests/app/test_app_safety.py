@@ -25,6 +25,8 @@ from mmfix_app.pictures import open_base64, open_bytes, open_upload
 from mmfix_app.service import Decoding, Run, Service, Token
 
 LIMITS = Limits()
+ASKED = "Please describe this image in detail."
+"""What the bundled model was trained on: other wordings may be answered with one word, and nothing is left to stop."""
 
 
 def encoded(kind: str, size: tuple[int, int] = (20, 10), **options: Any) -> bytes:
@@ -149,7 +151,7 @@ def test_a_run_stops_when_it_is_cancelled_and_frees_the_model(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace(monkeypatch, pause=0.02, halt=12)
-    request = service.request(gallery.pictures()[0].image, "describe", "vhr", {}, Decoding(128))
+    request = service.request(gallery.pictures()[0].image, ASKED, "vhr", {}, Decoding(128))
     cancelled = threading.Event()
     found: list[Run] = []
     for run in service.run(request, cancelled):
@@ -164,12 +166,12 @@ def test_a_run_stops_when_it_is_cancelled_and_frees_the_model(
 def test_a_run_stops_at_the_time_limit(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     pace(monkeypatch, halt=4)
     short = Service(service.decoder, replace(LIMITS, seconds=0.0))
-    request = short.request(gallery.pictures()[0].image, "describe", "vhr", {}, Decoding(128))
+    request = short.request(gallery.pictures()[0].image, ASKED, "vhr", {}, Decoding(128))
     assert list(short.run(request))[-1].state == "timeout"
 
 
 def test_leaving_a_run_frees_the_model(service: Service) -> None:
-    request = service.request(gallery.pictures()[0].image, "describe", "vhr", {}, Decoding(128))
+    request = service.request(gallery.pictures()[0].image, ASKED, "vhr", {}, Decoding(128))
     run = service.run(request)
     next(run)
     run.close()

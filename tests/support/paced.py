@@ -33,6 +33,7 @@ class Paced:
                 assert self._go.wait(60), "nobody cancelled"
             time.sleep(self._pause)
             yield event
+        assert self._halt is None or self._go.is_set(), f"the answer ended before token {self._halt}: nothing to stop"
 
     def cancel(self) -> None:
         self._stream.cancel()
