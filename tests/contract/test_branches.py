@@ -176,6 +176,10 @@ def test_mix_formulas() -> None:
     masked = logits[:, :2].clone()
     masked[:, :, :, 0] = -math.inf
     assert not Mix(weights=(2.0, -1.0))(masked).isnan().any(), "a difference of two infinities"
+    excluded = logits[:, :2].clone()
+    excluded[:, 1, :, 3] = -math.inf
+    mixed = Mix(weights=(2.0, -1.0))(excluded)
+    torch.testing.assert_close(mixed[..., 3], factual[..., 3])  # what a branch rules out is not thereby lifted
     with pytest.raises(MethodError, match="sum to"):
         Mix(weights=(1.0, 1.0))
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import Tiny
+from support import vlm
+from support.families import FAMILIES, Tiny
 from support.family_oracle import Oracle, contrast
 from support.family_pictures import Inputs
 from torch import Tensor
 
 import mmfix
 from mmfix.families import why_not
+from mmfix.method import Method
+from mmfix.segments import MaskEdit, Role, Segments
 
 STEPS = 3
 TOLERANCE = 1e-5  # of the largest logit
@@ -96,3 +99,30 @@ def test_prefill_and_greedy_decoding_equal_the_oracle(tiny: Tiny, model: Any, na
         want = expected(Oracle(tiny, model, inputs).grown(tokens[:, :step]))[:, -1]
         close(out.logits[step], want)
         assert torch.equal(tokens[:, step], want[:, : SPECIAL[0]].argmax(-1))
+
+
+class Causal(Method):
+    """Hides what a picture's tokens see of their picture beyond themselves."""
+
+    def mask(self, site: Any) -> list[MaskEdit]:
+        return [MaskEdit(queries=Role.IMAGE, keys=Role.IMAGE, relation=_later, allow=False)]
+
+
+def _later(segments: Segments, rows: slice) -> Tensor:
+    place = torch.arange(segments.image.shape[1])
+    return (place[None, :] > place[rows, None])[None].expand(len(segments.image), -1, -1)
+
+
+Causal.info = mmfix.method("mma", until="prompt").info
+
+
+def test_a_picture_that_the_model_shows_whole_can_be_made_causal() -> None:
+    """Gemma 3 without token types is causal throughout; closing what lies ahead gives the same."""
+    tiny = FAMILIES["gemma3"]
+    model, inputs = tiny.build(), tiny.inputs(padded=True)
+    want = vlm.logits(model, {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])})
+    with mmfix.mitigate(model, Causal()):
+        got = vlm.logits(model, inputs)
+    valid = inputs["attention_mask"].bool()
+    assert (vlm.logits(model, inputs) - want)[valid].abs().max() > 1e-3
+    torch.testing.assert_close(got[valid], want[valid], atol=1e-5, rtol=0)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support import plain_pass, vlm
+from support.families import FAMILIES
 from torch import Tensor
 
 import mmfix
-from mmfix.errors import MethodError, MmfixError
+from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel
 from mmfix.methods import FrameBlock
 from mmfix.methods.frame_block import frames
 
@@ -108,3 +109,19 @@ def test_what_is_no_whole_frame_is_refused(llava: Any) -> None:
     with pytest.raises(MethodError, match="layers from"), mmfix.mitigate(llava, FrameBlock(layers=(7,))):
         pass
     assert mmfix.methods()["frame-block"].trained_in_paper
+
+
+def test_a_branch_without_some_patches_is_refused(llava: Any) -> None:
+    with (
+        pytest.raises(ConflictError, match="'damro' and 'frame-block'"),
+        mmfix.mitigate(llava, ["damro", "frame-block"]),
+    ):
+        pass
+
+
+def test_tiles_of_a_picture_are_no_frames() -> None:
+    with (
+        pytest.raises(UnsupportedModel, match="rows or tiles"),
+        mmfix.mitigate(FAMILIES["llava-next"].build(), "frame-block"),
+    ):
+        pass

@@ -86,6 +86,17 @@ def test_prompts_without_a_picture_are_left_alone(model: Any, method: Any) -> No
         vlm.greedy(model, vlm.one(system=8), STEPS, prefill_chunk_size=5)
 
 
+@pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
+def test_a_picture_may_first_come_in_a_later_turn(llava: Any) -> None:
+    """The turn before it was answered as a prompt without a picture, which stays as it was."""
+    with mmfix.mitigate(llava, RetrievalHeads(heads=HEADS)):
+        first = vlm.greedy(llava, vlm.batch([vlm.tokens(4, seed=6)]), 2)
+        talk = vlm.batch([[*first.sequences[0].tolist(), *vlm.tokens("image", 5, seed=7)]], vlm.picture(6))
+        got = vlm.greedy(llava, talk, 1, past_key_values=first.past_key_values).logits[0]
+    assert torch.equal(first.sequences, vlm.greedy(llava, vlm.batch([vlm.tokens(4, seed=6)]), 2).sequences)
+    assert (got - vlm.logits(llava, talk)[:, -1]).abs().max() > 1e-2
+
+
 def test_a_branch_without_the_picture_is_not_scaled(model: Any) -> None:
     """With PAI's guidance the text-only row stays the plain model's, also in front of the picture."""
     inputs = vlm.batch([vlm.tokens(20, "image", 6, seed=4)], vlm.picture(4))

@@ -75,6 +75,10 @@ def test_what_is_refused(llava: Any) -> None:
         pass
     with mmfix.mitigate(llava, JRT(until="prompt")), pytest.raises(MmfixError, match="fixed-size cache"):
         vlm.greedy(llava, inputs, STEPS, cache_implementation="static")
+    for prompt, words in (([1, 5, *I], "no question"), ([*GIVEN[0], 8, *ANSWER], "2 answers begin")):
+        rule = JRT(until="prompt") if words == "no question" else JRT(marker=tuple(ANSWER))
+        with mmfix.mitigate(llava, rule), pytest.raises(MmfixError, match=words):
+            vlm.greedy(llava, vlm.batch([prompt], vlm.picture()), STEPS)
     for params in ({"times": 0}, {"times": 9}, {"times": 1.5}, {"until": "turn"}):
         with pytest.raises(MethodError, match="jrt"):
             mmfix.method("jrt", **params)

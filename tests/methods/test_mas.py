@@ -139,3 +139,19 @@ def test_it_runs_with_a_real_chat_template() -> None:
     decoder = Decoder.from_pretrained("tiny", method="mas")
     with mmfix.mitigate(decoder.model, "mas", processor=decoder.processor) as fix:
         assert fix.methods[0].answer_marker
+
+
+@pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
+def test_a_first_image_after_the_first_piece_is_refused(llava: Any) -> None:
+    """The system block is a piece by itself: it ran as a prompt without an image, which is left alone."""
+    inputs = vlm.batch([[*SYSTEM, *USER, 31, *I, *ANSWER]], vlm.picture())
+    cut = len(SYSTEM)
+    with torch.no_grad(), mmfix.mitigate(llava, "mas", processor=Chat()):
+        cache = llava(input_ids=inputs["input_ids"][:, :cut], use_cache=True).past_key_values
+        with pytest.raises(MmfixError, match="first image came after its first piece"):
+            llava(**{**inputs, "input_ids": inputs["input_ids"][:, cut:]}, past_key_values=cache)
+
+
+def test_layers_that_the_model_does_not_have_are_refused(llava: Any) -> None:
+    with pytest.raises(MethodError, match="layer"), mmfix.mitigate(llava, MAS(until="prompt", layers=(vlm.LAYERS,))):
+        pass

@@ -105,3 +105,12 @@ def test_what_changes_nothing(llava: Any, nothing: dict[str, Any]) -> None:
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=f"spin.{next(iter(wrong))}"):
         SPIN(**wrong)
+
+
+def test_of_heads_that_look_alike_the_first_are_kept() -> None:
+    """Masses of one replaced map differ by rounding only, later heads here by a bit more each."""
+    looks = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)) - torch.tensor(0.3)
+    weights = (0.3 + looks * torch.arange(6)).view(1, 6, 1, 1)
+    edit = HeadSelect(group=Group.IMAGE, keep=2, factor=0.0)
+    factors = edit.factors(torch.zeros_like(weights), weights, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    assert factors.flatten().tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]

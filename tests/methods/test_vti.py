@@ -96,8 +96,10 @@ def test_with_a_contrast_every_branch_is_steered(llava: Any, file: str) -> None:
     noised = {**inputs, "pixel_values": noise(inputs["pixel_values"])}
     with mmfix.mitigate(llava, [VTI(directions=file), mmfix.method("vcd", alpha=1.0, beta=1e-9)]):
         got = vlm.greedy(llava, inputs, 1).logits[0]
+        direct = vlm.logits(llava, inputs)[:, -1]
     want = 2 * plain.newest(hand, inputs) - plain.newest(hand, noised)
     torch.testing.assert_close(got, want, atol=5e-4, rtol=0)
+    torch.testing.assert_close(direct, got, atol=1e-4, rtol=0)  # called without generate(): the same branches
 
 
 def test_states_keep_their_norm_and_dtype() -> None:
