@@ -6,13 +6,11 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fake_eval
 import pytest
 
 from mmfix_evals import run as run_module
-from mmfix_evals.cli import main
 
 RUN = ["eval", "run", "--model", "fake", "--tasks", "fake-pope,fake-chair", "--limit", "3", "--resamples", "20"]
 Call = Callable[..., tuple[int, str, str]]
@@ -22,16 +20,6 @@ Call = Callable[..., tuple[int, str, str]]
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_eval.register(monkeypatch, fake_eval.FakePope(), fake_eval.FakeChair())
     monkeypatch.setattr(run_module, "load_decoder", lambda config: fake_eval.FakeDecoder())
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*argv: Any) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def refused(result: tuple[int, str, str], code: int, *words: str) -> None:

@@ -14,27 +14,11 @@ from mmfix import calibration
 from mmfix.methods import ACT, SoFA
 from mmfix_decoding import Decoder
 from mmfix_evals import calibrating, headdata
-from mmfix_evals.cli import main
 
 Call = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Decoder:
-    return Decoder.from_pretrained("tiny")
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*argv: Any) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-def test_act_keeps_heads_that_help(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_act_keeps_heads_that_help(bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """With answers made up, the chosen heads are those with more right answers than the plain model."""
     right = {(2, 1): 5, (3, 4): 7, (4, 0): 6}
 
@@ -47,7 +31,7 @@ def test_act_keeps_heads_that_help(tiny: Decoder, monkeypatch: pytest.MonkeyPatc
         }
 
     monkeypatch.setattr(calibrating, "_answers", answers)
-    found = calibrating.act(tiny, headdata.questions(None, None, 8), {"rule": "relative", "alpha": 1.5})
+    found = calibrating.act(bundled, headdata.questions(None, None, 8), {"rule": "relative", "alpha": 1.5})
     assert found.values == {"heads": [[3, 4], [4, 0]], "rule": "relative", "alpha": 1.5}
     assert found.record["scores"]["gain"]["3,4"] == pytest.approx(2 / 8)
     assert found.record["scores"]["gain"]["2,0"] == pytest.approx(-2 / 8)
@@ -55,7 +39,7 @@ def test_act_keeps_heads_that_help(tiny: Decoder, monkeypatch: pytest.MonkeyPatc
     assert found.record["scores"]["chosen"] == 1.0
 
 
-def test_an_interrupted_calibration_goes_on(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_calibration_goes_on(bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, done = headdata.questions(None, None, 4), []
 
     def answers(model: Any, made: Any, method: Any) -> dict[str, Any]:
@@ -67,15 +51,15 @@ def test_an_interrupted_calibration_goes_on(tiny: Decoder, monkeypatch: pytest.M
 
     monkeypatch.setattr(calibrating, "_answers", answers)
     with pytest.raises(KeyboardInterrupt):
-        calibrating.act(tiny, asked, {})
+        calibrating.act(bundled, asked, {})
     (file,) = (calibration.cache_folder()).glob("act-*.partial.jsonl")
     file.write_text(file.read_text() + '{"setting": "2,4", "ri')  # a line that was cut
-    calibrating.act(tiny, asked, {})
+    calibrating.act(bundled, asked, {})
     assert len(done) == 6 + (1 + 18 + 1) - 5
     assert not list(calibration.cache_folder().glob("*.partial.jsonl"))
 
 
-def test_act_is_measured_written_and_used(call: Call, tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_act_is_measured_written_and_used(call: Call, bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrating, "candidates", lambda decoder: [(2, 4), (3, 0)])
     code, printed, _ = call(
         "calibrate", "act", "--limit", 6, "--options", "rule=relative,alpha=1.2", "--json", "--quiet"
@@ -88,10 +72,10 @@ def test_act_is_measured_written_and_used(call: Call, tiny: Decoder, monkeypatch
     assert found["fired"] > 0
     assert 0 <= found["scores"]["plain"] <= 1
     heads = tuple(tuple(head) for head in found["values"]["heads"])
-    used = mmfix.calibrated(tiny.model, "act")
+    used = mmfix.calibrated(bundled.model, "act")
     assert used == ACT(heads=heads, rule="relative", alpha=1.2)
-    assert mmfix.calibrated(tiny.model, "var").sink_dims  # type: ignore[attr-defined]  # what was known stays
-    with mmfix.mitigate(tiny.model, used) as fix:
+    assert mmfix.calibrated(bundled.model, "var").sink_dims  # type: ignore[attr-defined]  # what was known stays
+    with mmfix.mitigate(bundled.model, used) as fix:
         report = fix.report().to_dict()["calibrated"]
     assert report["act"]["values"]["alpha"] == 1.2
     assert report["act"]["data"] == "TinyWorld dev"
@@ -99,7 +83,7 @@ def test_act_is_measured_written_and_used(call: Call, tiny: Decoder, monkeypatch
     assert (code, errors.count("\n")) == (2, 1)
 
 
-def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, tiny: Decoder, tmp_path: Path) -> None:
+def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, bundled: Decoder, tmp_path: Path) -> None:
     code, printed, _ = call("calibrate", "sofa", "--limit", 4, "--step", 0.5, "--json", "--quiet")
     assert code == 0
     found = json.loads(printed)
@@ -107,14 +91,14 @@ def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, tiny: Decode
     best = max(row["accuracy"] for row in found["scores"])
     (chosen,) = (row for row in found["scores"] if row["sigma"] == found["values"]["sigma"])
     assert chosen["accuracy"] == best
-    assert mmfix.calibrated(tiny.model, "sofa") == SoFA(sigma=chosen["sigma"])
+    assert mmfix.calibrated(bundled.model, "sofa") == SoFA(sigma=chosen["sigma"])
     assert found["scores"][0]["fired"] == 0
     # The plain model's row is what its own first words say, in both orders.
     from mmfix_evals import tasks
 
     task = tasks.get("tinyworld-position")
     documents = task.documents("dev", 4, 0)
-    said = [tiny.generate([task.show(one)], [one.prompt], max_new_tokens=1)[0].text.lower() for one in documents]
+    said = [bundled.generate([task.show(one)], [one.prompt], max_new_tokens=1)[0].text.lower() for one in documents]
     assert set(said) <= {"yes", "no"}, "the first word is no verdict: the comparison shows nothing"
     same = [a == b for a, b in zip(said[::2], said[1::2], strict=True)]
     assert found["scores"][0]["consistency"] == pytest.approx(sum(same) / len(same))
@@ -122,9 +106,9 @@ def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, tiny: Decode
     assert found["scores"][0]["accuracy"] == pytest.approx(sum(right) / len(right))
 
 
-def test_ties_go_to_the_consistent_and_then_to_the_small(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_go_to_the_consistent_and_then_to_the_small(bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"0": (0.7, 0.8), "0.5": (0.8, 0.6), "0.75": (0.8, 0.9), "1": (0.8, 0.9)}
     made = {name: {"accuracy": a, "consistency": c, "pairs": 2, "fired": 1} for name, (a, c) in rows.items()}
     monkeypatch.setattr(calibrating.Partial, "get", lambda self, setting, compute: made[setting])
-    assert calibrating.sofa(tiny, 2, [0, 0.5, 0.75, 1.0]).values["sigma"] == 0.75
+    assert calibrating.sofa(bundled, 2, [0, 0.5, 0.75, 1.0]).values["sigma"] == 0.75
     assert calibrating.grid(0.25) == [0, 0.25, 0.5, 0.75, 1.0]

@@ -17,12 +17,7 @@ from mmfix_evals.cli import main
 from mmfix_evals.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Decoder:
-    return Decoder.from_pretrained("tiny")
-
-
-def test_it_keeps_what_helps_most_and_goes_on_where_it_was(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_keeps_what_helps_most_and_goes_on_where_it_was(bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = headdata.questions(None, None, 2)
     tried: list[Any] = []
 
@@ -38,9 +33,9 @@ def test_it_keeps_what_helps_most_and_goes_on_where_it_was(tiny: Decoder, monkey
     monkeypatch.setattr(positional_search, "mean_states", lambda *args: None)
     monkeypatch.setattr(positional_search, "candidates", lambda states, top: [7, 3])
     with pytest.raises(KeyboardInterrupt):
-        positional(tiny, asked)
+        positional(bundled, asked)
     done: list[int] = []
-    found = positional(tiny, asked, progress=done.append)
+    found = positional(bundled, asked, progress=done.append)
     assert found.values == {"dims": [3], "factor": 0.0}
     assert found.record["scores"]["plain"]["p_right"] == 0.5
     assert len(found.record["scores"]["tried"]) == 4
@@ -48,20 +43,20 @@ def test_it_keeps_what_helps_most_and_goes_on_where_it_was(tiny: Decoder, monkey
     assert sum(done) == 6
     assert not list(calibration.cache_folder().glob("*.partial.jsonl"))
     monkeypatch.setattr(calibrating, "_answers", lambda model, made, method: {"right": 1, "p_right": 0.5})
-    assert positional(tiny, asked).values["factor"] == 1.0, "where nothing helps, the method changes nothing"
+    assert positional(bundled, asked).values["factor"] == 1.0, "where nothing helps, the method changes nothing"
     with pytest.raises(DataError, match="at least one"):
-        positional(tiny, [])
+        positional(bundled, [])
 
 
-def test_it_is_measured_written_and_used(tiny: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_measured_written_and_used(bundled: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["calibrate", "positional", "--limit", "2", "--texts", "2", "--tokens", "64", "--top", "1", "--json"]
     assert main([*words, "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["data"] == "TinyWorld dev"
     assert found["data_sha256"] == headdata.digest(headdata.questions(None, None, 2))
     assert 0 <= found["scores"]["plain"]["p_right"] <= 1
-    used = mmfix.calibrated(tiny.model, "positional-hidden")
+    used = mmfix.calibrated(bundled.model, "positional-hidden")
     assert used == PositionalHidden(dims=tuple(found["values"]["dims"]), factor=found["values"]["factor"])
-    with mmfix.mitigate(tiny.model, "positional-hidden") as fix:
+    with mmfix.mitigate(bundled.model, "positional-hidden") as fix:
         assert fix.methods[0].dims == tuple(found["values"]["dims"])  # type: ignore[attr-defined]
         assert "positional-hidden" in fix.report().to_dict()["calibrated"]

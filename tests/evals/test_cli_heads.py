@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,25 +14,9 @@ from mmfix.heads import HeadMap
 from mmfix.methods import VHR
 from mmfix_decoding import Decoder
 from mmfix_evals import headdata, headmaps
-from mmfix_evals.cli import main
 from mmfix_evals.errors import DataError, UsageError
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Decoder:
-    return Decoder.from_pretrained("tiny")
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*argv: Any) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -70,42 +53,42 @@ def test_a_map_is_written_drawn_and_used(call: Call, tmp_path: Path) -> None:
     assert json.loads(again)["values"] == [list(row) for row in found.values]
 
 
-def test_scores_that_decode_and_that_ask(tiny: Decoder) -> None:
+def test_scores_that_decode_and_that_ask(bundled: Decoder) -> None:
     told: list[int] = []
     wanted = headmaps.Wanted("retrieval", limit=3, steps=20)
-    found = headmaps.measure(tiny, wanted, told.append)
-    assert sum(told) == headmaps.total(wanted, tiny.model) == 3
+    found = headmaps.measure(bundled, wanted, told.append)
+    assert sum(told) == headmaps.total(wanted, bundled.model) == 3
     assert found.also["named"] > 0
     assert all(0.0 <= value <= 1.0 for row in found.values for value in row)
     assert max(value for row in found.values for value in row) > 0
     assert found.settings["needle"] == "object"
-    seam = headmaps.measure(tiny, headmaps.Wanted("vseam", limit=4))
+    seam = headmaps.measure(bundled, headmaps.Wanted("vseam", limit=4))
     assert 0 < seam.also["p_right"] <= 1
     assert any(value < 0 for row in seam.values for value in row) or any(
         value > 0 for row in seam.values for value in row
     )
 
 
-def test_own_pictures_and_questions(tiny: Decoder, own: tuple[Path, Path]) -> None:
+def test_own_pictures_and_questions(bundled: Decoder, own: tuple[Path, Path]) -> None:
     folder, file = own
-    found = headmaps.measure(tiny, headmaps.Wanted("vseam", folder, file))
+    found = headmaps.measure(bundled, headmaps.Wanted("vseam", folder, file))
     assert (found.prompts, found.settings["data"]) == (2, "own pictures")
-    mass = headmaps.measure(tiny, headmaps.Wanted("image-mass", folder))
+    mass = headmaps.measure(bundled, headmaps.Wanted("image-mass", folder))
     assert all(0.0 <= value <= 1.0 + 1e-6 for row in mass.values for value in row)
     with pytest.raises(DataError, match="go together"):
-        headmaps.measure(tiny, headmaps.Wanted("vseam", folder))
+        headmaps.measure(bundled, headmaps.Wanted("vseam", folder))
     with pytest.raises(UsageError, match="--needle object"):
-        headmaps.measure(tiny, headmaps.Wanted("retrieval", folder, needle="object"))
+        headmaps.measure(bundled, headmaps.Wanted("retrieval", folder, needle="object"))
     with pytest.raises(DataError, match="none of 2 answers repeats"):  # this model cannot copy, and that is said
-        headmaps.measure(tiny, headmaps.Wanted("retrieval", folder, text="there is a dog and a kite", steps=8))
+        headmaps.measure(bundled, headmaps.Wanted("retrieval", folder, text="there is a dog and a kite", steps=8))
 
 
-def test_where_objects_lie_in_the_prompt(tiny: Decoder) -> None:
+def test_where_objects_lie_in_the_prompt(bundled: Decoder) -> None:
     """A patch of 12 pixels of a picture of 96: its box touches the token of its row and column, and no other."""
     asked = headdata.Asked(Image.new("RGB", (96, 96)), "What is in the image?", "", {"dog": [(12, 36, 12, 12)]})
-    inputs, _ = next(iter(headdata.batches(tiny, [asked], 1)))
-    image = inputs["input_ids"][0] == mmfix.describe(tiny.model).image_token_id
-    places = headmaps._patches(tiny, inputs, asked, image)["dog"]
+    inputs, _ = next(iter(headdata.batches(bundled, [asked], 1)))
+    image = inputs["input_ids"][0] == mmfix.describe(bundled.model).image_token_id
+    places = headmaps._patches(bundled, inputs, asked, image)["dog"]
     assert places.nonzero()[:, 0].tolist() == [int(image.nonzero()[0]) + 3 * 8 + 1]
 
 

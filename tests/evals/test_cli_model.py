@@ -9,14 +9,12 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import fake_eval
 import pytest
 import torch
 from PIL import Image
 
-from mmfix_evals.cli import main
 from mmfix_evals.cli.quiet import hush
 from mmfix_evals.rescore import rescore
 
@@ -47,16 +45,6 @@ def picture(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
     Image.new("RGB", (30, 20), (200, 30, 60)).save(path)
     return path
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*argv: Any) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def test_describe_prints_two_labelled_blocks_and_how_often_it_fired(call: Call, model: Path, picture: Path) -> None:

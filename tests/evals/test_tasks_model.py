@@ -22,8 +22,8 @@ from mmfix_evals.tasks.grounding import grid_of, seen_mask
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return Decoder.from_pretrained("tiny")
+def decoder(bundled: Decoder) -> Decoder:
+    return bundled
 
 
 def pictures(count: int) -> list[Any]:

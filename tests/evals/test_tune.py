@@ -207,15 +207,10 @@ def test_without_optuna_the_way_to_get_it_is_named(config: TuneConfig, monkeypat
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+def call(call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The command on a model that is none."""
     monkeypatch.setattr(run_module, "load_decoder", lambda config: fake_eval.FakeDecoder())
-
-    def run(*argv: Any) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+    return call
 
 
 def test_the_command_prints_objective_table_and_gap(call: Call, tmp_path: Path) -> None:

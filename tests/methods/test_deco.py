@@ -40,13 +40,8 @@ def corrected(own: Tensor, early: list[Tensor], alpha: float, top_p: float, top_
 
 
 def oracle(model: Any, inputs: dict[str, Any], layers: tuple[int, ...], method: DeCo) -> Tensor:
-    norm = model.get_decoder().norm
-
     def newest(grown: dict[str, Any], _: int) -> Tensor:
-        with torch.no_grad():
-            out = model(**grown, use_cache=False, output_hidden_states=True)
-            early = [model.lm_head(norm(out.hidden_states[n][:, -1])) for n in layers]
-        own = out.logits[:, -1]
+        own, early = plain.early(model, grown, layers)
         return torch.stack([
             corrected(own[b], [one[b] for one in early], method.alpha, method.top_p, method.top_k)
             for b in range(len(own))
@@ -66,12 +61,7 @@ def oracle(model: Any, inputs: dict[str, Any], layers: tuple[int, ...], method: 
 )
 def test_decoding_equals_a_plain_pass_with_its_states(model: Any, method: DeCo, layers: tuple[int, ...]) -> None:
     """Layer and token are those of each row of the batch (requirement 1)."""
-    inputs = plain.ragged()
-    want = oracle(model, inputs, layers, method)
-    for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
-        with mmfix.mitigate(model, method) as fix:
-            plain.agrees(vlm.greedy(model, inputs, STEPS, **options), want)
-            assert fix.rows_per_prompt == 1
+    plain.agrees_with_every_cache(model, method, oracle(model, plain.ragged(), layers, method))
 
 
 def test_recorded_logits() -> None:
@@ -103,13 +93,7 @@ def test_a_batch_of_two_equals_two_singles(llava: Any) -> None:
 
 def test_the_same_rule_under_beams_and_sampling(llava: Any) -> None:
     """Requirement 2."""
-    inputs = plain.ragged()
-    want = oracle(llava, inputs, (3, 4), DeCo())[:, 0]
-    with mmfix.mitigate(llava, DeCo()):
-        beams = vlm.greedy(llava, inputs, 2, num_beams=2)
-        drawn = vlm.greedy(llava, inputs, 1, do_sample=True, top_k=0)
-    torch.testing.assert_close(beams.logits[0][::2].double(), want, atol=2e-4, rtol=0)
-    assert all(want[row, token].isfinite() for row, token in enumerate(drawn.sequences[:, -1].tolist()))
+    plain.agrees_under_beams_and_draws(llava, DeCo(), oracle(llava, plain.ragged(), (3, 4), DeCo())[:, 0])
 
 
 def test_confined_to_some_prompts_of_a_batch(llava: Any) -> None:

@@ -35,13 +35,8 @@ def contrasted(own: Tensor, early: list[Tensor], alpha: float, released: bool) -
 
 
 def oracle(model: Any, inputs: dict[str, Any], layers: tuple[int, ...], method: DoLa) -> Tensor:
-    norm = model.get_decoder().norm if method.norm else torch.nn.Identity()
-
     def newest(grown: dict[str, Any], _: int) -> Tensor:
-        with torch.no_grad():
-            out = model(**grown, use_cache=False, output_hidden_states=True)
-            early = [model.lm_head(norm(out.hidden_states[n][:, -1])) for n in layers]
-        own = out.logits[:, -1]
+        own, early = plain.early(model, grown, layers, None if method.norm else torch.nn.Identity())
         rows = [
             contrasted(own[b], [one[b] for one in early], method.alpha, method.divergence == "released")
             for b in range(len(own))
@@ -62,12 +57,7 @@ def oracle(model: Any, inputs: dict[str, Any], layers: tuple[int, ...], method: 
 )
 def test_decoding_equals_a_plain_pass_with_its_states(model: Any, method: DoLa, layers: tuple[int, ...]) -> None:
     """Layers are chosen by row (requirement 1), with padding, with and without a cache, in one of fixed size."""
-    inputs = plain.ragged()
-    want = oracle(model, inputs, layers, method)
-    for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
-        with mmfix.mitigate(model, method) as fix:
-            plain.agrees(vlm.greedy(model, inputs, STEPS, **options), want)
-            assert fix.rows_per_prompt == 1
+    plain.agrees_with_every_cache(model, method, oracle(model, plain.ragged(), layers, method))
 
 
 def test_recorded_logits_of_three_layers() -> None:
@@ -98,14 +88,8 @@ def test_what_is_filtered_stays_filtered() -> None:
 
 
 def test_beams_and_sampling_act_on_the_same_logits(llava: Any) -> None:
-    inputs = plain.ragged()
     method = DoLa(beta=0.01)
-    want = oracle(llava, inputs, (0, 2, 4), method)[:, 0]
-    with mmfix.mitigate(llava, method):
-        beams = vlm.greedy(llava, inputs, 2, num_beams=2)
-        drawn = vlm.greedy(llava, inputs, 1, do_sample=True, top_k=0)
-    torch.testing.assert_close(beams.logits[0][::2].double(), want, atol=2e-4, rtol=0)
-    assert all(want[row, token].isfinite() for row, token in enumerate(drawn.sequences[:, -1].tolist()))
+    plain.agrees_under_beams_and_draws(llava, method, oracle(llava, plain.ragged(), (0, 2, 4), method)[:, 0])
 
 
 def test_every_position_that_is_asked_for(llava: Any) -> None:

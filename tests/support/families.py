@@ -16,6 +16,8 @@ from support import family_models as m
 from support import family_pictures as p
 from support.family_pictures import IMAGE_ID, Inputs
 
+import mmfix
+
 TEXT = (5, 90)  # ids of plain text tokens
 Row = list[int | str]
 
@@ -114,3 +116,18 @@ FAMILIES: dict[str, Tiny] = dict([
     _tiny("mllama", "Llama 3.2 Vision", m.mllama, p.run(1), p.four_tiles, extra=p.seen_tiles),
     _tiny("aya-vision", "Aya Vision", m.aya, p.run(4), p.whole(32)),
 ])  # fmt: skip
+
+
+def acts_on(name: str, method: str, **params: Any) -> None:
+    """A method changes what a family says, and a padded batch of two agrees with its prompts alone."""
+    tiny = FAMILIES[name]
+    model = tiny.build()
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    both, single = tiny.inputs(padded=True), tiny.inputs()
+    with torch.no_grad():
+        before = model.generate(**single, **options).logits
+        with mmfix.mitigate(model, method, **params):
+            together, alone = (model.generate(**x, **options).logits for x in (both, single))
+    for a, b, c in zip(together, alone, before, strict=True):
+        torch.testing.assert_close(a[0], b[0], atol=1e-4 * float(b.abs().max()), rtol=0)
+        assert (b - c).abs().max() > 1e-3

@@ -11,6 +11,8 @@ from support import vlm
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import mmfix
+
 Inputs = dict[str, Any]
 # (scores [B, H, L, S] in float64, Bool of the keys allowed, layer) → scores
 Scores = Callable[[Tensor, Tensor, int], Tensor]
@@ -103,3 +105,32 @@ def agrees(out: Any, want: Tensor) -> None:
     assert torch.equal(got.isneginf(), want.isneginf())
     torch.testing.assert_close(got, want.to(got.dtype), atol=2e-4, rtol=0)
     assert torch.equal(out.sequences[:, -steps:], want.argmax(-1))
+
+
+def early(model: Any, inputs: Inputs, layers: tuple[int, ...], norm: Any = None) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, V] of the last token, and those read out after some layers, by one plain pass.
+
+    Args:
+        norm: what is put before the language head; None takes the model's own.
+    """
+    norm = model.get_decoder().norm if norm is None else norm
+    with torch.no_grad():
+        out = model(**inputs, use_cache=False, output_hidden_states=True)
+        return out.logits[:, -1], [model.lm_head(norm(out.hidden_states[n][:, -1])) for n in layers]
+
+
+def agrees_with_every_cache(model: Any, method: Any, want: Tensor) -> None:
+    """Greedy decoding of :func:`ragged` with a growing cache, none, and one of fixed size; no second row."""
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        with mmfix.mitigate(model, method) as fix:
+            agrees(vlm.greedy(model, ragged(), want.shape[1], **options), want)
+            assert fix.rows_per_prompt == 1
+
+
+def agrees_under_beams_and_draws(model: Any, method: Any, want: Tensor) -> None:
+    """A beam's first scores are the logits [B, V] of :func:`ragged`; sampling draws from them."""
+    with mmfix.mitigate(model, method):
+        beams = vlm.greedy(model, ragged(), 2, num_beams=2)
+        drawn = vlm.greedy(model, ragged(), 1, do_sample=True, top_k=0)
+    torch.testing.assert_close(beams.logits[0][::2].to(want.dtype), want, atol=2e-4, rtol=0)
+    assert all(want[row, token].isfinite() for row, token in enumerate(drawn.sequences[:, -1].tolist()))
