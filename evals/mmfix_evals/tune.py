@@ -14,77 +14,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import files, results
+from mmfix_evals import files, results, tune_sampling
 from mmfix_evals.arms import BASELINE, resolve
-from mmfix_evals.choices import unknown
-from mmfix_evals.errors import DataError, EvalError, MissingDependency, UsageError
+from mmfix_evals.errors import DataError, EvalError, UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.pool import Load
 from mmfix_evals.progress import Reporter
-from mmfix_evals.scoring import MACRO
-from mmfix_evals.tasks import Metric, Task
 from mmfix_evals.tasks import get as get_task
+from mmfix_evals.tune_goal import Objective
+from mmfix_evals.tune_sampling import Trial
 from mmfix_evals.tune_space import Space
 
 STUDY, TRIALS, TUNED = "study.json", "trials.jsonl", "tuned.json"
-PREFERRED = ("accuracy", "f1")  # CHAIR's own rates are best for a caption that says nothing
 TEST = "test"
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The one number that is searched for.
-
-    Attributes:
-        split: part of the task, or ``macro`` for the mean over all of them; None for the data split itself.
-    """
-
-    task: str
-    metric: Metric
-    split: str | None
-
-    @property
-    def direction(self) -> str:
-        return "maximize" if self.metric.better == "higher" else "minimize"
-
-    def better(self, one: float, other: float) -> bool:
-        return one > other if self.metric.better == "higher" else one < other
-
-    def __str__(self) -> str:
-        where = "" if self.split is None else " (mean over splits)" if self.split == MACRO else f" ({self.split})"
-        return f"{self.metric.name} of {self.task}{where}, {self.metric.better} is better"
-
-    def entry(self, found: results.Results, method: str) -> dict[str, Any] | None:
-        """The objective of one method in the results of a run."""
-        return _first(found["metrics"], method, self)
-
-    def difference(self, found: results.Results, method: str) -> dict[str, Any] | None:
-        """Its paired difference to greedy."""
-        return _first(found["comparisons"], method, self)
-
-
-def _first(entries: Sequence[dict[str, Any]], method: str, objective: Objective) -> dict[str, Any] | None:
-    wanted = (objective.task, objective.metric.name, method)
-    of_it = (e for e in entries if (e["task"], e["metric"], e["method"]) == wanted)
-    return next((e for e in of_it if e["split"] == (objective.split or e["data_split"])), None)
-
-
-def objective(task: Task, metric: str | None = None) -> Objective:
-    """The given metric of a task, or the default one: accuracy, else F1, else the first in its table.
-
-    Raises:
-        UsageError: an unknown metric, one without a direction, or one that has no mean over the task's splits.
-    """
-    usable = {m.name: m for m in task.metrics if m.better and (len(task.splits) <= 1 or m.name in task.macro)}
-    if metric is not None and metric not in usable:
-        raise UsageError(f"--metric: {unknown('objective', metric, usable)} (of {task.name})")
-    names = [name for name in PREFERRED if name in usable]
-    names += [m.name for m in usable.values() if m.headline] or list(usable)
-    chosen = metric or next(iter(names), None)
-    if chosen is None:
-        raise UsageError(f"task {task.name} has no metric that could be searched for; choose another task")
-    split = MACRO if len(task.splits) > 1 else next(iter(task.splits), None)
-    return Objective(task.name, usable[chosen], split)
 
 
 @dataclass(frozen=True)
@@ -143,20 +85,6 @@ class TuneConfig:
             "max_new_tokens": base.max_new_tokens,
             "gen_kwargs": results.clean_values(base.gen_kwargs),
         }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One finished trial: a value, or why there is none."""
-
-    number: int
-    method: str
-    values: dict[str, Any]
-    value: float | None
-    ci_low: float | None = None
-    ci_high: float | None = None
-    n: int | None = None
-    reason: str | None = None
 
 
 @dataclass
@@ -239,22 +167,8 @@ class Study:
         return {d.name: getattr(method, d.name) for d in self.config.space.dimensions}
 
     def suggest(self, number: int) -> dict[str, Any]:
-        """Values of a trial from those before it: a function of the seed, the number and the table alone."""
-        optuna = require()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=(self.config.base.seed * 1_000_003 + number) % 2**32)
-        study = optuna.create_study(direction=self.config.objective.direction, sampler=sampler)
-        distributions = {d.name: _distribution(optuna, d) for d in self.config.space.dimensions}
-        for one in self.trials:
-            inside = {d.name: one.values[d.name] for d in self.config.space.dimensions if d.holds(one.values[d.name])}
-            state = optuna.trial.TrialState.COMPLETE if one.value is not None else optuna.trial.TrialState.FAIL
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=inside, distributions={n: distributions[n] for n in inside}, value=one.value, state=state
-                )
-            )
-        asked = study.ask(distributions).params
-        return {d.name: d.rounded(asked[d.name]) for d in self.config.space.dimensions}
+        config = self.config
+        return tune_sampling.suggest(config.space.dimensions, config.objective, config.base.seed, self.trials, number)
 
     @property
     def best(self) -> Trial:
@@ -333,7 +247,7 @@ def tune(config: TuneConfig, argv: Sequence[str], reporter: Reporter, load: Load
     from mmfix_evals import run as runs
 
     config.check()
-    require()
+    tune_sampling.require()
     study = Study(config, argv, reporter, load or runs.load_decoder)
     finished = study.open()
     if finished is not None:
@@ -345,22 +259,6 @@ def tune(config: TuneConfig, argv: Sequence[str], reporter: Reporter, load: Load
         reporter.say(f"{len(study.trials)} finished trials found in {study.folder}")
     study.search()
     return study.conclude()
-
-
-def require() -> Any:
-    """The module ``optuna``, or one sentence on how to get it."""
-    try:
-        import optuna
-    except ImportError:
-        raise MissingDependency("mmfix tune needs Optuna, which is not installed: pip install 'mmfix[tune]'") from None
-    return optuna
-
-
-def _distribution(optuna: Any, dimension: Any) -> Any:
-    if dimension.kind == "choice":
-        return optuna.distributions.CategoricalDistribution(dimension.choices)
-    kind = "FloatDistribution" if dimension.kind == "float" else "IntDistribution"
-    return getattr(optuna.distributions, kind)(dimension.low, dimension.high)
 
 
 def _kept(entry: dict[str, Any] | None, names: Sequence[str]) -> dict[str, Any] | None:

@@ -18,7 +18,8 @@ from mmfix_evals.errors import EvalError, MissingDependency, UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.tasks import base
-from mmfix_evals.tune import TuneConfig, objective, tune
+from mmfix_evals.tune import TuneConfig, tune
+from mmfix_evals.tune_goal import objective
 from mmfix_evals.tune_space import Dimension, space
 
 BEST = 4.0  # the alpha at which Peaked always answers right

@@ -59,7 +59,8 @@ def tune_command(
     from mmfix_evals.plan import RunConfig
     from mmfix_evals.progress import Reporter
     from mmfix_evals.tasks import get
-    from mmfix_evals.tune import TuneConfig, objective, tune
+    from mmfix_evals.tune import TuneConfig, tune
+    from mmfix_evals.tune_goal import objective
     from mmfix_evals.tune_space import space
 
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
