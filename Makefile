@@ -14,11 +14,11 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv with everything, including the mmfix command
 
-# torch goes first and by itself: asked for together with other packages, pip may take a build with gigabytes of CUDA.
+# Modules are compiled when first imported: most never are. torch goes first and by itself: asked for together with other packages, pip may take a build with gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 test: lint types imports unit ## lint, types, import law, tests
