@@ -21,6 +21,7 @@ ROWS = [
     (vlm.tokens("image", 7, seed=5), vlm.picture(5)),
 ]
 METHODS: list[list[Method]] = [*([active(name)] for name in NAMES), [active(name) for name in TOGETHER]]
+STEPS = 3  # a prompt, its first new token, and one more
 by_method = pytest.mark.parametrize("methods", METHODS, ids=["+".join(m.info.name for m in row) for row in METHODS])
 quiet = pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
 
@@ -35,11 +36,11 @@ def together(rows: list[Any], width: int = 0, side: str = "left") -> dict[str, A
 @pytest.mark.parametrize("telemetry", [False, True])
 def test_batch_rows_equal_single_runs(model: Any, methods: list[Method], telemetry: bool) -> None:
     with mmfix.mitigate(model, methods, telemetry=telemetry) as fix:
-        batch = vlm.greedy(model, together(ROWS))
+        batch = vlm.greedy(model, together(ROWS), STEPS)
         masses = fix.masses()
     for n, row in enumerate(ROWS):
         with mmfix.mitigate(model, methods, telemetry=telemetry) as fix:
-            single = vlm.greedy(model, together([row]))
+            single = vlm.greedy(model, together([row]), STEPS)
             alone = fix.masses()
         for step, (a, b) in enumerate(zip(batch.logits, single.logits, strict=True)):
             torch.testing.assert_close(a[n], b[0], atol=1e-4, rtol=0, msg=f"row {n} step {step}")
@@ -101,10 +102,10 @@ def test_a_sequence_of_prompts_equals_fresh_runs(model: Any, methods: list[Metho
     fresh = []
     for inputs in prompts:
         with mmfix.mitigate(model, methods):
-            fresh.append(vlm.greedy(model, inputs))
+            fresh.append(vlm.greedy(model, inputs, STEPS))
     with mmfix.mitigate(model, methods) as fix:
         for inputs, want in zip(prompts, fresh, strict=True):
-            got = vlm.greedy(model, inputs)
+            got = vlm.greedy(model, inputs, STEPS)
             assert torch.equal(got.sequences, want.sequences)
             assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
     assert fix.report().prompts == 6
