@@ -13,6 +13,7 @@ from mmfix_evals.fingerprint import fingerprint
 from mmfix_evals.plan import RunConfig, TaskPlan
 from mmfix_evals.samples import Sample
 from mmfix_evals.tasks import Document
+from mmfix_evals.tasks import get as get_task
 from mmfix_evals.worker import Worker
 
 Load = Callable[[RunConfig], Any]
@@ -92,7 +93,8 @@ def load(config: RunConfig, load_: Load) -> tuple[Worker, Loaded]:
     """Load the model, resolve the methods for it."""
     decoder = load_(config)
     model = getattr(decoder, "model", None)
-    arms, left_out = choose(config.methods, decoder)
+    supplied = frozenset.intersection(*(get_task(name).supplies for name in config.tasks))
+    arms, left_out = choose(config.methods, decoder, supplied)
     device = str(getattr(model, "device", "cpu"))
     dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
     loaded = Loaded(arms, fingerprint(decoder), dtype, device, machine.machine(device), left_out)

@@ -41,10 +41,13 @@ def test_members_that_cannot_run_are_left_out_with_the_reason() -> None:
     assert "vcd" not in left_out
 
 
-def test_a_member_that_runs_with_parameters_of_its_own_is_not_left_out() -> None:
+def test_a_member_that_gets_what_it_lacks_is_not_left_out() -> None:
+    """From parameters of its own, or from every task of the run."""
     decoder = Decoder.from_pretrained("tiny", device="cpu")
-    arms, left_out = choose(["@contrast", "icd:instruction=Be confused."], decoder)
+    arms, left_out = choose(["@contrast", "icd:instruction=Be confused."], decoder, supplied={"lqcd"})
     assert "icd" not in left_out
+    assert "lqcd" not in left_out
+    assert "lqcd" in [arm.name for arm in arms]
     assert [arm.name for arm in arms if arm.name.startswith("icd")] == ["icd:instruction=Be confused."]
 
 
