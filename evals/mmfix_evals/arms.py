@@ -95,9 +95,7 @@ def expand(texts: Sequence[str]) -> dict[str, bool]:
     return {name: named or name in texts for name, named in found.items()}
 
 
-def choose(
-    texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()
-) -> tuple[list[Arm], dict[str, str]]:
+def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -> tuple[list[Arm], dict[str, str]]:
     """The arms for a decoder, and the members of groups that cannot run on it with the reason.
 
     A method that was named itself is never left out: what it lacks is an error when it runs. Nor is one of `supplied`,
