@@ -120,6 +120,14 @@ def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -
     return arms, left_out
 
 
+def calibrated(arm: Arm, model: Any) -> dict[str, Any]:
+    """Method → which of its values are as calibrated for a model, and on what data; empty for none."""
+    from mmfix import calibration
+
+    found = {method.info.name: calibration.in_use(model, method) for method in arm.methods}
+    return {name: used for name, used in found.items() if used is not None}
+
+
 def parse_arguments(text: str | None) -> dict[str, Any]:
     """``"do_sample=true,temperature=0.7"`` → a dict; values are JSON where they can be, else text."""
     import json
