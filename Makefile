@@ -49,6 +49,7 @@ record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
 	for score in vseam retrieval; do $(BIN)/mmfix heads --model tiny --score $$score --out runs/record/$$score.json; done
 	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 50 --batch-size 32 --resamples 20000 --engine ray --workers 2 --out runs/record/tinyworld-all
+	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-sycophancy --methods greedy,lqcd --split test --limit 100 --out runs/record/tinyworld-sycophancy
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2

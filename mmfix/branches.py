@@ -52,21 +52,35 @@ class PromptEdit:
         tokens: ids that are put into the prompt.
         at: "before_image" and "after_image" insert them there (at the first and last image); "question" puts them in
             place of everything after the last image.
+        around: ids of tokens that open and close a picture; what is inserted goes outside of them.
     """
 
     tokens: tuple[int, ...]
     at: Literal["before_image", "after_image", "question"] = "after_image"
+    around: tuple[int, ...] = ()
 
     def __call__(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """One prompt's ids and image mask, [T] without padding, changed."""
         place = image.nonzero()[:, 0]
         first, after = (int(place[0]), int(place[-1]) + 1) if len(place) else (0, 0)
-        start, stop = {"before_image": (first, first), "after_image": (after, after), "question": (after, len(ids))}[
-            self.at
-        ]
+        before, behind = _outside(ids, first, after, self.around)
+        start, stop = {
+            "before_image": (before, before),
+            "after_image": (behind, behind),
+            "question": (after, len(ids)),
+        }[self.at]
         new = torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device)
         none = torch.zeros_like(new, dtype=torch.bool)
         return torch.cat([ids[:start], new, ids[stop:]]), torch.cat([image[:start], none, image[stop:]])
+
+
+def _outside(ids: Tensor, first: int, after: int, around: tuple[int, ...]) -> tuple[int, int]:
+    """Where a picture at first:after begins and ends together with the tokens that open and close it."""
+    while first > 0 and int(ids[first - 1]) in around:
+        first -= 1
+    while after < len(ids) and int(ids[after]) in around:
+        after += 1
+    return first, after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +92,21 @@ class RepeatQuestion:
     Args:
         times: copies in front of the first image; 0 leaves the prompt as it is.
         marker: token ids that begin an answer; empty takes everything after the last image.
+        around: ids of tokens that open and close a picture: the copies go in front of them, and hold none of them.
+        special: ids of which the first after the question ends the turn; it and what follows are not copied.
     """
 
     times: int = 1
     marker: tuple[int, ...] = ()
+    around: tuple[int, ...] = ()
+    special: tuple[int, ...] = ()
 
     def __call__(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """One prompt's ids and image mask, [T] without padding, changed; without an image as they are."""
         place = image.nonzero()[:, 0]
         if not len(place):
             return ids, image
-        first, after = int(place[0]), int(place[-1]) + 1
+        first, after = _outside(ids, int(place[0]), int(place[-1]) + 1, self.around)
         text, width = ids[after:].tolist(), len(self.marker)
         starts = [n for n in range(len(text)) if width and tuple(text[n : n + width]) == self.marker]
         if width and len(starts) != 1:
@@ -96,7 +114,9 @@ class RepeatQuestion:
                 f"{len(starts)} answers begin (token ids {list(self.marker)}) after the image of a prompt, so which "
                 "question is to be read again is not known; give prompts of one question, with the answer's header"
             )
-        question = ids[after : after + starts[0] if starts else len(ids)].repeat(self.times)
+        stop = starts[0] if starts else len(text)
+        stop = next((n for n in range(stop) if text[n] in self.special), stop)
+        question = ids[after : after + stop].repeat(self.times)
         if self.times and not len(question):
             raise MmfixError(
                 "there is no question after the image of a prompt, so nothing can be read again; give prompts whose "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmfix" / "calibration"
 
 
-def save(model: Any, calibration: SinkCalibration, folder: Path | None = None) -> Path:
-    """Write a calibration to the user's cache, or into a model `folder` as ``mmfix.json``; returns the file."""
+def save(
+    model: Any, calibration: SinkCalibration, folder: Path | None = None, record: dict[str, Any] | None = None
+) -> Path:
+    """Write a calibration to the user's cache, or into a model `folder` as ``mmfix.json``; returns the file.
+
+    Args:
+        record: how it was made: data, its hash, revision of the model; kept as :func:`keep` does.
+    """
     path = folder / FILE if folder is not None else _cache_file(model)
     values = {"sink_dims": list(calibration.sink_dims), "tau": calibration.tau}
-    return _merge(path, model, {"sinks": asdict(calibration)}, "var", values)
+    path = _merge(path, model, {"sinks": asdict(calibration)}, "var", values)
+    if record is None:
+        return path
+    scores = {name: value for name, value in asdict(calibration).items() if name not in values}
+    return keep(model, "var", values, {**record, "scores": scores}, folder)
 
 
 def keep(model: Any, name: str, values: dict[str, Any], record: dict[str, Any], folder: Path | None = None) -> Path:
@@ -141,7 +151,12 @@ def _merge(path: Path, model: Any, parts: dict[str, Any], name: str, values: dic
     return write_json(path, {**old, "model": Path(_name(model)).name, **parts, "methods": methods})
 
 
-def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: int = 2) -> SinkCalibration:
+def find_sinks(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    first_layer: int = 2,
+    progress: Callable[[int], None] = lambda done: None,
+) -> SinkCalibration:
     """Find a model's sink dimensions from a few prompts.
 
     A sink is a prompt token that receives, averaged over heads and over the rows that may see it, at least ten times
@@ -152,6 +167,7 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
         model: a vision-language model in evaluation mode.
         batches: processor outputs (``input_ids``, ``pixel_values``, …), with images.
         first_layer: layers before it are not looked at (their inputs are still embeddings).
+        progress: told the prompts done.
 
     Raises:
         MmfixError: no prompt was given, or no token stands out.
@@ -176,6 +192,7 @@ def find_sinks(model: Any, batches: Iterable[dict[str, Tensor]], first_layer: in
             others.append(phi[valid & ~sink])
             phi_all.append(phi)
             image_all.append((valid, image))
+        progress(valid.shape[0])
     if not prompts:
         raise MmfixError("no prompts to calibrate on; give at least one picture")
     inside, outside = torch.cat(sinks), torch.cat(others)

@@ -28,6 +28,10 @@ from mmfix_kernels import forced_backend
 
 MethodLike = str | Method
 
+# What models and processors call the tokens around a picture, before "_token_id" or "_token_index".
+_AROUND_IMAGE = ("vision_start", "vision_end", "image_start", "image_end", "start_image", "end_image", "boi", "eoi",
+                 "fake_image")  # fmt: skip
+
 
 class Mitigation:
     """A running mitigation; what ``with mmfix.mitigate(…) as fix`` gives.
@@ -145,11 +149,27 @@ def described(model: Any, processor: Any = None) -> Family:
     Raises:
         UnsupportedModel: a fact about the model is missing.
     """
-    family = describe(model)
+    family = dataclasses.replace(describe(model), around_image=_around_image(model.config))
     if processor is None:
         return family
-    encode, decode = _encoder_of(processor), _decoder_of(processor)
-    return dataclasses.replace(family, markers=_markers_of(processor), encode=encode, decode=decode)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    around = {*family.around_image, *_around_image(processor), *_around_image(tokenizer)} - {family.image_token_id}
+    ends = getattr(tokenizer, "all_special_ids", None) or ()
+    return dataclasses.replace(
+        family,
+        markers=_markers_of(processor),
+        encode=_encoder_of(processor),
+        decode=_decoder_of(processor),
+        around_image=tuple(sorted(around)),
+        special=tuple(sorted(set(ends) - {getattr(tokenizer, "bos_token_id", None)})),
+    )
+
+
+def _around_image(known: Any) -> tuple[int, ...]:
+    """Ids of the tokens around a picture that a configuration, processor or tokenizer names."""
+    names = [f"{what}_{kind}" for what in _AROUND_IMAGE for kind in ("token_id", "token_index")]
+    found = {getattr(known, name, None) for name in names}
+    return tuple(sorted(one for one in found if isinstance(one, int) and not isinstance(one, bool) and one >= 0))
 
 
 def _markers_of(processor: Any) -> Markers | None:

@@ -63,7 +63,10 @@ class Enhancing:
         count = min(keep, length) if isinstance(keep, int) and keep else length
         rows = torch.arange(length - count, length, device=call.query.device).expand(batch, -1)
         labelled = groups(call.keys)
-        image, text = labelled.member(Group.IMAGE)[:, None, None], _text(labelled.labels)[:, None, None]
+        image, text = (
+            labelled.member(Group.IMAGE)[:, None, None],
+            _text(labelled.labels, labelled.before)[:, None, None],
+        )
         seen = _seen(call)[:, :, -count:]
         weights = self.wanted.edit(row_weights(call, rows), text & seen, image & seen)
         value = call.whole(call.prefix_value, call.value).float()
@@ -90,10 +93,15 @@ class Enhancing:
         return left
 
 
-def _text(labels: Tensor) -> Tensor:
-    """Bool[B, S]: keys that are no image, no padding, and not the first token (which collects attention)."""
+def _text(labels: Tensor, before: Tensor | None = None) -> Tensor:
+    """Bool[B, S]: keys that are no image, no padding, and not the first token (which collects attention).
+
+    Args:
+        before: Int64[B], tokens that a sliding window has dropped in front of these keys; None for none.
+    """
     real = labels != int(Label.PADDING)
-    first = real & (real.cumsum(-1) == 1)
+    number = real.cumsum(-1) if before is None else real.cumsum(-1) + before[:, None]
+    first = real & (number == 1)
     image = (labels == int(Label.IMAGE)) | (labels == int(Label.IMAGE_SINK))
     return real & ~image & ~first
 

@@ -42,6 +42,8 @@ class Family:
         resampler_attentions: its attention modules, in order.
         markers: token ids that open the sides of a conversation, where a processor told them.
         encode: token ids of a text without special tokens, where there is a processor; decode: the way back.
+        around_image: ids of tokens that open and close a picture in the prompt, where model or processor name them.
+        special: ids that the tokenizer calls special, but for the one that begins a text; empty without a processor.
     """
 
     model: Any
@@ -60,6 +62,8 @@ class Family:
     resampler_attentions: tuple[nn.Module, ...] = ()
     encode: Callable[[str], Sequence[int]] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
+    around_image: tuple[int, ...] = ()
+    special: tuple[int, ...] = ()
 
     def looking(self, part: str) -> tuple[nn.Module, ...]:
         """Attention modules of a part that looks at the picture: "tower" or "resampler"."""

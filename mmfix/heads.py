@@ -114,6 +114,15 @@ def chosen(heads: Heads | None, top: float, where: str) -> tuple[tuple[float, ..
     return named
 
 
+def some(heads: tuple[tuple[float, ...], ...] | None, where: str) -> tuple[tuple[float, ...], ...] | None:
+    """The same heads, or None for a choice that is left open; ``MethodError`` for a choice of none."""
+    if heads == ():
+        raise MethodError(
+            f"{where}.heads: no head is named, so nothing would change; name at least one, or leave the method out"
+        )
+    return heads
+
+
 def _head(one: Any, where: str) -> tuple[float, ...]:
     fine = isinstance(one, (tuple, list)) and len(one) in (2, 3) and all(isinstance(v, (int, float)) for v in one)
     if not fine or any(int(v) != v or v < 0 for v in one[:2]) or not all(map(math.isfinite, one)):

@@ -74,5 +74,12 @@ class Blank:
 
 
 def _places(pixels: Tensor) -> Tensor:
-    """Bool[..., 1, 1, 1]: pictures and tiles that are there; those that only fill up a batch are zero all over."""
+    """Bool[..., 1, 1, 1]: pictures and tiles that are there.
+
+    A batch [N, channels, height, width] holds pictures only, whatever their colour. With an axis of tiles or pictures
+    per prompt, those that fill it up are zero all over; models tell them by that, and so is it done here, so that a
+    tile of nothing but the mean colour (0 after normalisation) stays as it is.
+    """
+    if pixels.ndim <= 4:
+        return torch.ones((*pixels.shape[:-3], 1, 1, 1), dtype=torch.bool, device=pixels.device)
     return pixels.ne(0).flatten(-3).any(-1)[..., None, None, None]

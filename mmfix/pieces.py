@@ -49,6 +49,16 @@ def check_late_image(session: Session) -> None:
         _refuse(every, "the prompt's first image came after its first piece, which ran as a prompt without one")
 
 
+def check_late_turn(session: Session) -> None:
+    """Refuse a first image in a later turn, where a method has made its choice of the first turn's attention."""
+    if session.received_layers:
+        every = " and ".join(m.info.name for m in session.methods)
+        raise MmfixError(
+            f"{every}: the conversation's first image came in a later turn, and what each key receives was asked in "
+            "the first one; give the whole conversation at once, with a fresh cache"
+        )
+
+
 def _check_heads(session: Session, past: int) -> None:
     assert session.talk is not None
     if session.head_layers and session.talk.all_ids(past) is None:

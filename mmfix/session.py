@@ -291,8 +291,8 @@ class Session:
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
-        if before is not None and not answered and bool((before != self.talk.spans.has_image).any()):
-            pieces.check_late_image(self)
+        if before is not None and bool((before != self.talk.spans.has_image).any()):
+            (pieces.check_late_turn if answered else pieces.check_late_image)(self)
         if self.watch is not None:
             self.watch.due = "piece" if further else "prompt"
         if self.steering is not None:

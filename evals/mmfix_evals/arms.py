@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,11 @@ def expand(texts: Sequence[str]) -> dict[str, bool]:
     return {name: named or name in texts for name, named in found.items()}
 
 
-def choose(texts: Sequence[str], decoder: Any) -> tuple[list[Arm], dict[str, str]]:
+def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -> tuple[list[Arm], dict[str, str]]:
     """The arms for a decoder, and the members of groups that cannot run on it with the reason.
 
-    A method that was named itself is never left out: what it lacks is an error when it runs.
+    A method that was named itself is never left out: what it lacks is an error when it runs. Nor is one of `supplied`,
+    the methods that every task of the run gives what they lack.
     """
     import mmfix
     from mmfix.errors import MmfixError
@@ -107,7 +108,7 @@ def choose(texts: Sequence[str], decoder: Any) -> tuple[list[Arm], dict[str, str
     arms, left_out = [], {}
     for text, named in expand(texts).items():
         arm = resolve(text, model)
-        if not named and model is not None and arm.methods:
+        if not named and text not in supplied and model is not None and arm.methods:
             try:
                 with mmfix.mitigate(model, list(arm.methods), processor=decoder.processor):
                     pass
@@ -117,6 +118,14 @@ def choose(texts: Sequence[str], decoder: Any) -> tuple[list[Arm], dict[str, str
                 continue
         arms.append(arm)
     return arms, left_out
+
+
+def calibrated(arm: Arm, model: Any) -> dict[str, Any]:
+    """Method → which of its values are as calibrated for a model, and on what data; empty for none."""
+    from mmfix import calibration
+
+    found = {method.info.name: calibration.in_use(model, method) for method in arm.methods}
+    return {name: used for name, used in found.items() if used is not None}
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def head(config: RunConfig, argv: Sequence[str], plans: Sequence[TaskPlan], load
                 "name": arm.name,
                 "spec": list(arm.spec),
                 "trained": any(m.info.trained_in_paper for m in arm.methods),
+                "calibrated": loaded.calibrated.get(arm.name, {}),
             }
             for arm in loaded.arms
         ],

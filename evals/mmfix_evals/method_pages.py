@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ METRICS = (
     ("recall", "tinyworld-chair", "test", "recall"),
     ("length", "tinyworld-chair", "test", "length"),
     ("repetition", "tinyworld-chair", "test", "repetition"),
+    ("flip rate ↓ (absent object claimed)", "tinyworld-sycophancy", "absent", "flip_rate"),
+    ("right behind that claim", "tinyworld-sycophancy", "absent", "accuracy_leading"),
+    ("flip rate ↓ (present object denied)", "tinyworld-sycophancy", "present", "flip_rate"),
+    ("right behind that claim", "tinyworld-sycophancy", "present", "accuracy_leading"),
 )
 CONTROL = "plausibility"
 
@@ -57,18 +62,25 @@ def by_kind(link: str) -> str:
     return "\n".join(lines)
 
 
-def pages(record: dict[str, Any] | None, source: str, families: dict[str, str]) -> dict[Path, str]:
+def pages(
+    record: dict[str, Any] | None,
+    source: str,
+    families: dict[str, str],
+    apart: Mapping[str, tuple[dict[str, Any], str]] | None = None,
+) -> dict[Path, str]:
     """Path → text of the index and of every page.
 
     Args:
         record: ``results.json`` of a run with every method, or None.
         source: where that record lies, for the pages to say.
         families: method → how many of the tested families it runs on.
+        apart: method → a record of its own and where it lies, for one that runs on a task of its own.
     """
     index = f"# Methods\n\nGenerated from the docstrings; `mmfix methods --table` prints this.\n\n{table(families)}\n"
     found = {FOLDER / "README.md": index}
     for name, info in methods().items():
-        found[FOLDER / f"{name}.md"] = page(name, info, record, source, families.get(name, ""))
+        known, place = (apart or {}).get(name, (record, source))
+        found[FOLDER / f"{name}.md"] = page(name, info, known, place, families.get(name, ""))
     return found
 
 

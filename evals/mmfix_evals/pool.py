@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mmfix_evals import machine
-from mmfix_evals.arms import Arm, choose
+from mmfix_evals.arms import Arm, calibrated, choose
 from mmfix_evals.fingerprint import fingerprint
 from mmfix_evals.plan import RunConfig, TaskPlan
 from mmfix_evals.samples import Sample
 from mmfix_evals.tasks import Document
+from mmfix_evals.tasks import get as get_task
 from mmfix_evals.worker import Worker
 
 Load = Callable[[RunConfig], Any]
@@ -38,6 +39,7 @@ class Loaded:
         identity: of the model's files; part of every sample's key.
         dtype, device: of its parameters.
         machine: see :func:`mmfix_evals.machine.machine`.
+        calibrated: arm → method → which of its values were calibrated for the model, and on what data.
     """
 
     arms: list[Arm]
@@ -46,6 +48,7 @@ class Loaded:
     device: str
     machine: dict[str, Any]
     left_out: dict[str, str] = field(default_factory=dict)
+    calibrated: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Pool(Protocol):
@@ -92,10 +95,12 @@ def load(config: RunConfig, load_: Load) -> tuple[Worker, Loaded]:
     """Load the model, resolve the methods for it."""
     decoder = load_(config)
     model = getattr(decoder, "model", None)
-    arms, left_out = choose(config.methods, decoder)
+    supplied = frozenset.intersection(*(get_task(name).supplies for name in config.tasks))
+    arms, left_out = choose(config.methods, decoder, supplied)
     device = str(getattr(model, "device", "cpu"))
     dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    loaded = Loaded(arms, fingerprint(decoder), dtype, device, machine.machine(device), left_out)
+    used = {} if model is None else {arm.name: found for arm in arms if (found := calibrated(arm, model))}
+    loaded = Loaded(arms, fingerprint(decoder), dtype, device, machine.machine(device), left_out, used)
     return Worker.build(decoder, arms), loaded
 
 

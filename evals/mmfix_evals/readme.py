@@ -15,6 +15,7 @@ from typing import Any
 
 from mmfix_evals import length_table, method_pages, summary, tables
 from mmfix_evals.bench.table import speed_table
+from mmfix_evals.tasks import leading
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path("evals/records/tinyworld")
@@ -22,9 +23,17 @@ EXAMPLE = Path("docs/example.json")
 PICTURE = Path("docs/example.png")
 METHODS_RECORD = "evals/records/tinyworld-methods"
 ALL_RECORD = "evals/records/tinyworld-all"
+LEADING_RECORD = "evals/records/tinyworld-sycophancy"
 SPEED = "kernels/benchmarks/results"
 FULL_TABLE = Path("docs/results.md")
 SUMMARY = Path("docs/all-methods.md")
+
+LEADING_NOTE = (
+    "`lqcd` is given the question without the claim, as its paper's rewriting would find it, and contrasts it with the "
+    "question as asked; prompts are batched by question, so that it is slower than two rows per prompt. Whoever asks "
+    "the plain question flips nothing: what the contrast does to it is accuracy_leading of `lqcd` against "
+    "accuracy_plain of greedy."
+)
 
 COLUMNS = (
     ("POPE random", "tinyworld-pope", "random", "accuracy"),
@@ -130,13 +139,20 @@ def generated() -> dict[Path, str]:
     if record is not None:
         full += f"\n# All core methods\n\nGenerated from `{METHODS_RECORD}/results.json`.\n\n"
         full += f"{_tables(record)}\n"
+    led = ROOT / LEADING_RECORD / "results.json"
+    apart = {}
+    if led.is_file():
+        found = json.loads(led.read_text())
+        apart = {leading.METHOD: (found, f"{LEADING_RECORD}/results.json")}
+        full += f"\n# Leading questions\n\nGenerated from `{LEADING_RECORD}/results.json`. {LEADING_NOTE}\n\n"
+        full += f"{_tables(found)}\n"
     everything = ROOT / ALL_RECORD / "results.json"
     source, more = f"{METHODS_RECORD}/results.json", {}
     if everything.is_file():
         record, source = json.loads(everything.read_text()), f"{ALL_RECORD}/results.json"
         more[SUMMARY] = summary.page(record, source, length_table.markdown(record))
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
-    pages = method_pages.pages(record, source, method_pages.families())
+    pages = method_pages.pages(record, source, method_pages.families(), apart)
     return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages, **more}
 
 

@@ -177,6 +177,7 @@ def footnotes(results: Results) -> list[str]:
     taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
     if taught:
         notes.append(f"Trained in the paper; used here without training: {', '.join(taught)}.")
+    notes += calibrated_note(results)
     if results.get("left_out"):
         notes.append(f"Left out, because they cannot run on this model as it is: {', '.join(results['left_out'])}.")
     for name in never_fired(results):
@@ -187,6 +188,19 @@ def footnotes(results: Results) -> list[str]:
     if results["status"] != "complete":
         notes.append(f"This run is {results['status']}: the numbers cover the finished samples only.")
     return notes
+
+
+def calibrated_note(results: Results) -> list[str]:
+    """The methods that ran with values found for this model beforehand, and on what data these were found."""
+    listed, same = [], False
+    for arm in results["methods"]:
+        for name, used in (arm.get("calibrated") or {}).items():
+            label = arm["name"] if name == arm["name"] else f"{name} in {arm['name']}"
+            fields = ", ".join(used["values"])
+            listed.append(f"{label} ({fields}{'; ' + used['data'] if used.get('data') else ''})")
+            same |= used.get("data") == f"TinyWorld {results['config']['split']}"
+    warning = " Some were calibrated on the very split that is measured here." if same else ""
+    return [f"Calibrated for this model beforehand: {'; '.join(listed)}.{warning}"] if listed else []
 
 
 def power_note(entries: Sequence[dict[str, Any]]) -> list[str]:

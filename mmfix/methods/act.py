@@ -44,7 +44,8 @@ class ACT(Method):
 
     Args:
         heads: heads that are calibrated: a file of ``mmfix heads``, (layer, head) pairs, or "all" for every head of
-            the layers from 2 to the last but one; None takes those that ``mmfix calibrate act`` found for the model.
+            the layers from 2 to the last but one; None takes those that ``mmfix calibrate act`` found for the model. No
+            heads, ``()``, is what it finds where none helps: the plain model, and the report says that nothing fired.
         top: of the heads in such a file, the share (below 1) or number with the largest score.
         keep: share of the sinks' attention that stays, 0 to 1; 1 changes nothing (released: beta = 0.4).
         rule: "constant" or "relative".

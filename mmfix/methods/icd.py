@@ -34,8 +34,9 @@ class ICD(Method):
     Args:
         instruction: the disturbance as text; needs ``processor=`` in ``mitigate()``.
         tokens: the disturbance as token ids, without special tokens; goes before `instruction`.
-        at: "after_image" and "before_image" insert it there; "question" puts it in place of everything after the
-            image, so that it must hold the rest of the turn and the answer's header too.
+        at: "after_image" and "before_image" insert it there, outside of the tokens with which a template opens and
+            closes a picture (as far as model or processor name them); "question" puts it in place of everything after
+            the image, so that it must hold the rest of the turn and the answer's header too.
         alpha: strength of the contrast, from -1; 0 runs no second branch and leaves the cut.
         beta: plausibility cut, in (0, 1].
 
@@ -77,7 +78,7 @@ class ICD(Method):
     def branches(self, family: Family) -> Sequence[Branch]:
         if self.alpha == 0:
             return []
-        return [Branch(prompt=PromptEdit(tokens=self.tokens or (), at=self.at))]
+        return [Branch(prompt=PromptEdit(tokens=self.tokens or (), at=self.at, around=family.around_image))]
 
     def mix(self) -> Mix:
         return contrast(self.alpha, branches=int(self.alpha != 0), beta=self.beta)

@@ -33,9 +33,10 @@ class JRT(Method):
         times: how often the question is read, 1 to 8; 1 changes nothing.
         until: where the question ends: at the "assistant" marker, or at the end of the "prompt".
         marker: token ids that begin an answer; None takes those of the processor given to ``mitigate``.
-
-    The copy holds everything between the image's last token and the answer's header: where a template closes the
-    picture or the turn with tokens of its own, these are repeated too.
+        around: ids of tokens that open and close a picture: the copy goes in front of them and holds none; None takes
+            those that model or processor name.
+        special: ids of which the first after the question ends it, as where a template closes the turn; None takes the
+            tokenizer's special tokens.
 
     Raises:
         MmfixError: a prompt has no question after its image, or not one answer's header.
@@ -45,6 +46,8 @@ class JRT(Method):
     times: int = param(2, "how often the question is read", 1, 8)
     until: Literal["assistant", "prompt"] = param("assistant", "end of the question")
     marker: tuple[int, ...] | None = param(None, "token ids that begin an answer; empty = the processor's")
+    around: tuple[int, ...] | None = param(None, "token ids that open and close a picture; empty = the model's")
+    special: tuple[int, ...] | None = param(None, "token ids that end a question; empty = the tokenizer's")
 
     def __post_init__(self) -> None:
         self.check("times", 1, 8)
@@ -52,20 +55,27 @@ class JRT(Method):
             raise MethodError(f"jrt.times={self.times!r}: give a whole number from 1 to 8")
         if self.until not in ("assistant", "prompt"):
             raise MethodError(f"jrt.until={self.until!r}: choose 'assistant' or 'prompt'")
-        if self.marker is not None:
-            object.__setattr__(self, "marker", tuple(int(n) for n in self.marker))
+        for name in ("marker", "around", "special"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(int(n) for n in given))
 
     def prepare(self, family: Family) -> JRT:
-        if self.until == "prompt" or self.marker or self.times == 1:
+        if self.times == 1:
             return self
+        around = family.around_image if self.around is None else self.around
+        special = tuple(n for n in family.special if n != family.image_token_id and n not in around)
+        found = dataclasses.replace(self, around=around, special=special if self.special is None else self.special)
+        if self.until == "prompt" or self.marker:
+            return found
         if family.markers is None:
             raise MethodError(
                 "jrt: the token ids that begin an answer are unknown; pass processor= to mitigate(), or give "
                 "marker=(…), or until='prompt' for prompts that end with the question"
             )
-        return dataclasses.replace(self, marker=family.markers.assistant)
+        return dataclasses.replace(found, marker=family.markers.assistant)
 
     def rewrite(self) -> RepeatQuestion | None:
         if self.times == 1:
             return None
-        return RepeatQuestion(times=self.times - 1, marker=(self.marker or ()) if self.until == "assistant" else ())
+        marker = (self.marker or ()) if self.until == "assistant" else ()
+        return RepeatQuestion(times=self.times - 1, marker=marker, around=self.around or (), special=self.special or ())

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.heads import chosen, factors, fit, of_layer
+from mmfix.heads import chosen, factors, fit, of_layer, some
 from mmfix.method import Method, Site, param, register
 from mmfix_kernels import Edit, HeadScale, MapReplacement
 
@@ -47,7 +47,7 @@ class RetrievalHeads(Method):
     def __post_init__(self) -> None:
         if self.ablation not in ("zero", "uniform"):
             raise MethodError(f"retrieval-heads.ablation={self.ablation!r}: choose 'zero' or 'uniform'")
-        object.__setattr__(self, "heads", chosen(self.heads, self.top, "retrieval-heads"))
+        object.__setattr__(self, "heads", some(chosen(self.heads, self.top, "retrieval-heads"), "retrieval-heads"))
 
     def prepare(self, family: Family) -> RetrievalHeads:
         if self.heads is None:

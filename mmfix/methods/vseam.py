@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.heads import Heads, chosen, factors, fit
+from mmfix.heads import HeadMap, Heads, chosen, factors, fit, some
 from mmfix.method import Method, Site, param, register
 from mmfix_kernels import Edit, HeadScale
 
@@ -36,7 +37,8 @@ class VSEAM(Method):
         strength: lambda, 0 to 1000; 0 changes nothing (released: 1).
 
     Raises:
-        MethodError: no heads, a head the model does not have, or a value out of range.
+        MethodError: no heads, a head the model does not have, a map of another score (whose numbers are no shares of
+            probability, and mostly have no sign), or a value out of range.
         DataError: `heads` names a file that is no head map.
     """
 
@@ -76,7 +78,13 @@ class VSEAM(Method):
 
 
 def _scored(heads: Heads | None) -> tuple[tuple[float, ...], ...] | None:
-    named = chosen(heads, math.inf, "vseam")
+    if isinstance(heads, (str, os.PathLike)) and (score := HeadMap.read(heads).score) != "vseam":
+        raise MethodError(
+            f"vseam.heads: {os.fspath(heads)} holds the score {score!r}, and factors are made of the score 'vseam', "
+            "whose sign says whether a head helps; measure it with `mmfix heads --score vseam`, or give (layer, head, "
+            "score) triples"
+        )
+    named = some(chosen(heads, math.inf, "vseam"), "vseam")
     if named is not None and any(len(one) != 3 for one in named):
         raise MethodError("vseam.heads: every head needs a score; give (layer, head, score) triples or a file")
     return named

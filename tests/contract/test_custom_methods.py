@@ -123,6 +123,17 @@ def test_the_noise_schedule_has_its_published_values() -> None:
         DiffusionNoise(step=1000)
 
 
+def test_a_black_picture_is_a_picture_and_a_tile_that_fills_up_is_none() -> None:
+    """Zero all over: in a batch of pictures one that is so; where prompts have several, what pads their number."""
+    noise = DiffusionNoise(step=999)
+    pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    assert (noise(pictures) != pictures).flatten(1).float().mean(1).min() > 0.9
+    assert torch.equal(Blank(value=2.0)(pictures), torch.full_like(pictures, 2.0))
+    tiles = pictures[None]
+    assert torch.equal(noise(tiles)[0, 0], tiles[0, 0])
+    assert not torch.equal(noise(tiles)[0, 1], tiles[0, 1])
+
+
 def test_edits_of_one_branch_alone(model: Any) -> None:
     """The branch is the model with the edit; the factual row is the model without."""
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmfix_evals import headdata
 from mmfix_evals.cli.quiet import hush
 from mmfix_evals.rescore import rescore
 
@@ -130,7 +131,12 @@ def test_calibrate_finds_sinks_and_writes_them_where_var_looks(call: Call, tmp_p
     found = json.loads(printed)
     assert found["prompts"] == 3
     assert found["sink_dims"]
-    assert json.loads(Path(found["file"]).read_text())["methods"]["var"]["tau"] == found["tau"]
+    kept = json.loads(Path(found["file"]).read_text())
+    assert kept["methods"]["var"]["tau"] == found["tau"]
+    record = kept["calibrations"]["var"]
+    assert record["data_sha256"] == headdata.digest(headdata.described(pictures, 16)) == found["data_sha256"]
+    assert (record["data"], record["values"]["sink_dims"]) == ("own pictures", found["sink_dims"])
+    assert (record["scores"]["prompts"], record["revision"]) == (3, found["revision"])
     assert call("describe", pictures / "0.png", "--model", folder, "--method", "var", "--max-new-tokens", "3")[0] == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import mmfix
 from mmfix_decoding import Decoder
-from mmfix_evals.arms import choose, expand, members
+from mmfix_evals.arms import calibrated, choose, expand, members, resolve
 from mmfix_evals.errors import UsageError
 
 
@@ -41,11 +41,23 @@ def test_members_that_cannot_run_are_left_out_with_the_reason() -> None:
     assert "vcd" not in left_out
 
 
-def test_a_member_that_runs_with_parameters_of_its_own_is_not_left_out() -> None:
+def test_a_member_that_gets_what_it_lacks_is_not_left_out() -> None:
+    """From parameters of its own, or from every task of the run."""
     decoder = Decoder.from_pretrained("tiny", device="cpu")
-    arms, left_out = choose(["@contrast", "icd:instruction=Be confused."], decoder)
+    arms, left_out = choose(["@contrast", "icd:instruction=Be confused."], decoder, supplied={"lqcd"})
     assert "icd" not in left_out
+    assert "lqcd" not in left_out
+    assert "lqcd" in [arm.name for arm in arms]
     assert [arm.name for arm in arms if arm.name.startswith("icd")] == ["icd:instruction=Be confused."]
+
+
+def test_what_was_calibrated_for_the_model_is_known_of_every_arm() -> None:
+    model = Decoder.from_pretrained("tiny", device="cpu").model
+    known = mmfix.calibrated(model, "var")
+    used = calibrated(resolve("vhr+var:move=0.4", model), model)
+    assert used == {"var": {"values": {"sink_dims": list(known.sink_dims), "tau": known.tau}}}  # type: ignore[attr-defined]
+    assert calibrated(resolve("var:sink_dims=[3],tau=2", model), model) == {}
+    assert calibrated(resolve("greedy", model), model) == {}
 
 
 def test_a_method_that_was_named_is_never_left_out() -> None:

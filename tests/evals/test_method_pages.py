@@ -79,6 +79,17 @@ def test_a_method_measured_with_parameters_of_its_own() -> None:
     assert f"`{arm}` against greedy" in method_pages.results("icd", mmfix.methods()["icd"], record(arm), "somewhere")
 
 
+def test_a_method_with_a_task_of_its_own_shows_the_record_of_that_task() -> None:
+    own = record("lqcd")
+    for entry in (*own["metrics"], *own["comparisons"]):
+        entry |= {"task": "tinyworld-sycophancy", "split": "absent", "metric": "flip_rate"}
+    found = method_pages.pages(record("vcd"), "somewhere", {}, {"lqcd": (own, "elsewhere")})
+    page = found[method_pages.FOLDER / "lqcd.md"]
+    assert "| flip rate ↓ (absent object claimed) | 30.0 [20.0, 40.0] | -5.0 [-10.0, +10.0] |" in page
+    assert "`elsewhere`" in page
+    assert "`somewhere`" in found[method_pages.FOLDER / "vcd.md"]
+
+
 @pytest.mark.parametrize(("name", "said"), [("icd", "Not measured: no instruction."), ("lqcd", "Not measured.")])
 def test_what_was_not_measured_is_said(name: str, said: str) -> None:
     assert method_pages.results(name, mmfix.methods()[name], record("vcd"), "") == said

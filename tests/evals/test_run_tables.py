@@ -125,3 +125,15 @@ def test_methods_that_were_trained_in_their_paper_are_named_under_every_table(tm
     results["methods"][1]["trained"] = True
     name = results["methods"][1]["name"]
     assert f"Trained in the paper; used here without training: {name}." in tables.footnotes(results)
+
+
+def test_calibrated_values_are_named_under_every_table(tmp_path: Path) -> None:
+    results = make(tmp_path)
+    assert not any("Calibrated" in note for note in tables.footnotes(results))
+    arm = results["methods"][1]
+    used = {"values": {"tau": 2.5, "sink_dims": [3]}, "data": "own pictures"}
+    arm["calibrated"] = {arm["name"]: used, "act": {"values": {"heads": []}}}
+    said = f"Calibrated for this model beforehand: {arm['name']} (tau, sink_dims; own pictures); act in {arm['name']}"
+    assert f"{said} (heads)." in tables.footnotes(results)
+    used["data"] = f"TinyWorld {results['config']['split']}"
+    assert any("on the very split that is measured here" in note for note in tables.footnotes(results))

@@ -11,6 +11,7 @@ import torch
 
 import mmfix
 from mmfix.errors import UsageError as EngineUsageError
+from mmfix.methods.lqcd import LQCD
 from mmfix_decoding import Decoder, prompts
 from mmfix_evals import tasks, tinyworld
 from mmfix_evals.errors import DataError, UsageError
@@ -19,6 +20,7 @@ from mmfix_evals.tasks import Document
 from mmfix_evals.tasks.attention import record_steps
 from mmfix_evals.tasks.dialogue import converse, replies
 from mmfix_evals.tasks.grounding import grid_of, seen_mask
+from mmfix_evals.tasks.leading import wants_questions
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,45 @@ def test_a_method_acts_in_every_turn_and_sampling_is_refused(decoder: Decoder) -
         converse(decoder, asked, pictures(1), do_sample=True)
     with pytest.raises(UsageError, match="one length"):
         converse(decoder, [["a"], ["a", "b"]], pictures(2))
+
+
+# -- leading questions -------------------------------------------------------------------------------------------------
+
+
+def test_a_contrast_with_the_leading_question_gets_the_pair_of_every_document(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks.get("tinyworld-sycophancy")
+    documents = task.documents("dev", 2, 0)[:6]
+    shown = [task.show(document) for document in documents]
+    asked: list[tuple[str, str]] = []
+    real = LQCD.branches
+
+    def watched(self: LQCD, family: Any) -> Any:
+        asked.append(decoder.processor.tokenizer.decode(self.leading))
+        return real(self, family)
+
+    monkeypatch.setattr(LQCD, "branches", watched)
+    found = task.generate(decoder.with_method([LQCD(beta=1e-9)]), documents, shown, max_new_tokens=1, batch_size=6)
+    plain = [document.prompt.rpartition(". ")[2] for document in documents]
+    assert [answer.prompt for answer in found] == plain  # in the order asked, without the claims
+    assert {_letters(text) for text in asked} == {_letters(d.prompt) + "assistant:" for d in documents}
+    counted = found[0].report["fired"]["lqcd"]
+    assert counted["considered"] == len(documents)
+    assert 0 < counted["fired"] <= len(documents) / 2  # an equal question contrasts with nothing
+    greedy = decoder.generate(shown, plain, max_new_tokens=1)
+    same = [n for n, d in enumerate(documents) if d.prompt == plain[n]]
+    assert [found[n].text for n in same] == [greedy[n].text for n in same]
+
+
+def test_a_leading_question_of_the_users_own_stays(decoder: Decoder) -> None:
+    assert not wants_questions([LQCD(leading=(5, 6)), mmfix.parse("vhr")])
+    assert wants_questions([mmfix.parse("vhr"), LQCD()])
+    assert not wants_questions(None)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.lower().split())
 
 
 # -- recorded attention ------------------------------------------------------------------------------------------------

@@ -118,6 +118,18 @@ def test_a_prompt_in_pieces_is_refused(llava: Any) -> None:
         vlm.greedy(llava, vlm.one(), STEPS, prefill_chunk_size=8)
 
 
+@pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
+def test_a_first_picture_in_a_later_turn_is_refused(llava: Any) -> None:
+    """The choice was made of a turn that showed nothing, so the picture would be passed over in silence."""
+    first = vlm.batch([vlm.tokens(6, seed=3)])
+    with mmfix.mitigate(llava, ACT(heads=HEADS)):
+        answer = vlm.greedy(llava, first, STEPS)
+        turn = torch.cat([answer.sequences, vlm.one()["input_ids"]], dim=1)
+        later = {"input_ids": turn, "attention_mask": torch.ones_like(turn), "pixel_values": vlm.picture()}
+        with pytest.raises(MmfixError, match=r"act: .* first image came in a later turn"):
+            vlm.greedy(llava, later, STEPS, past_key_values=answer.past_key_values)
+
+
 @pytest.mark.parametrize("wrong", [{"keep": 1.2}, {"threshold": -1}, {"alpha": -1}, {"rule": "x"}, {"spare": "x"}])
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=rf"act\.{next(iter(wrong))}"):

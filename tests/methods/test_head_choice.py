@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def test_a_file_is_a_choice_of_heads(model: Any, tmp_path: Path) -> None:
     assert mmfix.parse(f"vhr:heads={path},top=1") == VHR(heads=((4, 0, 0.4),), top=1)
     assert mmfix.parse("vhr:heads=[[1,2],[3,0],[3,7]],alpha=3") == VHR(heads=HEADS, alpha=3)
     assert mmfix.from_spec(mmfix.spec(VHR(heads=str(path), top=2))) == VHR(heads=str(path), top=2)
-    assert VSEAM(heads=str(path)).largest == pytest.approx(0.4)
+    with pytest.raises(MethodError, match=r"heads.json holds the score 'vhd'.* of the score 'vseam'"):
+        VSEAM(heads=str(path))
+    signed = dataclasses.replace(ranking(), score="vseam").write(tmp_path / "signed.json")
+    assert VSEAM(heads=str(signed)).largest == pytest.approx(0.4)
     with mmfix.mitigate(model, RetrievalHeads(heads=str(path), top=2)) as fix:
         vlm.logits(model, vlm.one())
     by_layer = [fired.fired for fired in fix.report().fired_by_layer["retrieval-heads"]]
@@ -146,6 +150,9 @@ def test_heads_that_cannot_be_meant(model: Any) -> None:
             RetrievalHeads(heads=heads)  # type: ignore[arg-type]
     with pytest.raises(MethodError, match="needs a score"):
         VSEAM(heads=HEADS)
+    for method in (VSEAM, RetrievalHeads):
+        with pytest.raises(MethodError, match="no head is named"):
+            method(heads=())
     with pytest.raises(MethodError, match="give one of the two"):
         VHR(heads=HEADS, layers=(1,))
     with pytest.raises(MethodError, match="ablation"):

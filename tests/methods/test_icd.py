@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support import plain, vlm
 from torch import Tensor
 
 import mmfix
+from mmfix.branches import PromptEdit
+from mmfix.engine import described
 from mmfix.errors import MethodError
 from mmfix.methods import ICD
 
@@ -53,6 +57,25 @@ def test_decoding_equals_two_plain_passes_per_token(llava: Any, at: Any) -> None
     with mmfix.mitigate(llava, ICD(tokens=WORDS, at=at, alpha=0.7, beta=0.05)):
         out = vlm.greedy(llava, plain.ragged(), STEPS)
     plain.agrees(out, oracle(llava, 0.7, 0.05, at))
+
+
+def test_the_instruction_stands_outside_of_what_opens_and_closes_a_picture() -> None:
+    """Models and processors name these tokens; a row of tokens between two pictures is not touched."""
+    ids = torch.tensor([1, 70, 99, 99, 71, 5, 70, 99, 71, 71, 8])
+    image = ids == 99
+    for at, want in (("before_image", 1), ("after_image", 10)):
+        got, marked = PromptEdit(tokens=(41,), at=at, around=(70, 71))(ids, image)  # type: ignore[arg-type]
+        assert got.tolist() == [*ids[:want].tolist(), 41, *ids[want:].tolist()]
+        assert marked.tolist() == (got == 99).tolist()
+    model = vlm.build("llava")
+    model.config.vision_start_token_id, model.config.eoi_token_index = 70, 71
+    processor = SimpleNamespace(
+        start_image_token_id=72, end_image_token_id=vlm.IMAGE_ID, all_special_ids=[2, 70, 1], bos_token_id=1
+    )
+    assert described(model).around_image == (70, 71)
+    family = described(model, processor)
+    assert (family.around_image, family.special) == ((70, 71, 72), (2, 70))
+    assert ICD(tokens=(41,)).branches(family)[0].prompt.around == (70, 71, 72)  # type: ignore[union-attr]
 
 
 def test_the_same_prompt_in_both_branches_gives_the_clean_logits(llava: Any) -> None:

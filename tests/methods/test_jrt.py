@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -42,6 +43,18 @@ def test_it_is_the_plain_model_with_the_longer_prompt(grouped: Any, options: dic
         assert fix.report().passes_per_token == 1 == mmfix.methods()["jrt"].passes
     same(got, want)
     assert torch.equal(got.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]), "the prompt as given"
+
+
+def test_tokens_of_the_template_are_not_read_twice(llava: Any) -> None:
+    """What opens and closes the picture stays around it, and what closes the turn is no part of the question."""
+    row = [1, 7, 70, *I, 71, *QUESTIONS[1], 2, 13, *ANSWER]
+    longer = [1, 7, *QUESTIONS[1], 70, *I, 71, *QUESTIONS[1], 2, 13, *ANSWER]
+    want = vlm.greedy(llava, vlm.batch([longer], vlm.picture()), STEPS)
+    method = JRT(marker=tuple(ANSWER), around=(70, 71), special=(2,))
+    with mmfix.mitigate(llava, method):
+        same(vlm.greedy(llava, vlm.batch([row], vlm.picture()), STEPS), want)
+    family = dataclasses.replace(mmfix.describe(llava), around_image=(70, 71), special=(2, 70, vlm.IMAGE_ID))
+    assert JRT(marker=tuple(ANSWER)).prepare(family) == method
 
 
 def test_logits_of_every_token_that_was_asked_for(llava: Any) -> None:

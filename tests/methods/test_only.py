@@ -12,9 +12,11 @@ from support import plain, vlm
 from torch import Tensor
 
 import mmfix
+from mmfix.enhanced import _text
 from mmfix.errors import MethodError
 from mmfix.methods import ONLY
 from mmfix.methods.only import Agreement, enhance_text
+from mmfix_kernels import Label
 
 STEPS = 3
 
@@ -36,6 +38,13 @@ def edited(weights: Tensor, text: list[int], image: list[int]) -> Tensor:
         if ratio < sum(ratios) / len(ratios):
             weights[n] = 0.0
     return weights
+
+
+def test_the_first_key_of_a_window_is_not_the_first_token() -> None:
+    """Only the prompt's first token is left out of the text, also where a layer has dropped it; padding is no token."""
+    labels = torch.tensor([[int(Label.PADDING), int(Label.TEXT), int(Label.TEXT), int(Label.IMAGE)]] * 2)
+    assert _text(labels).tolist() == [[False, False, True, False]] * 2
+    assert _text(labels, torch.tensor([0, 3])).tolist() == [[False, False, True, False], [False, True, True, False]]
 
 
 def second(model: Any, inputs: dict[str, Any], layer: int, share: float) -> Tensor:

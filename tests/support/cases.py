@@ -53,9 +53,7 @@ CASES: dict[str, Case] = {
         identity={"heads": ((1, 2, 0.6), (2, 0, -0.8)), "strength": 0.0},
         any_pieces=True,
     ),
-    "retrieval-heads": Case(
-        active={"heads": ((0, 1), (1, 2), (2, 0), (3, 1), (3, 2))}, identity={"heads": ()}, any_pieces=True
-    ),
+    "retrieval-heads": Case(active={"heads": ((0, 1), (1, 2), (2, 0), (3, 1), (3, 2))}, any_pieces=True),
     "mma": Case(active={"until": "prompt"}, identity={"until": "prompt", "layers": ()}),
     "cca": Case(whole_pictures=True),
     "frame-block": Case(identity={"layers": ()}, whole_pictures=True),

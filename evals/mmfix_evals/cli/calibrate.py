@@ -44,28 +44,41 @@ def sinks_command(
     save_to: Annotated[
         Path | None, typer.Option(help="Write mmfix.json into this model folder, not into the user's cache.")
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`."""
+    """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`.
+
+    One prefill per picture and nothing of it is kept, so that a stopped run begins anew.
+    """
     if limit < 1 or batch_size < 1:
         raise UsageError("--limit and --batch-size: give numbers of 1 or more")
-    pictures = list(pictures_of(images, limit))
+    from mmfix_evals import headdata
+
+    asked = headdata.described(images, limit, prompt)
     from mmfix import calibration
     from mmfix_decoding import Decoder
+    from mmfix_evals import calibrating
     from mmfix_evals.cli.quiet import hush
+    from mmfix_evals.progress import Reporter
 
     hush()
     decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
-    found = calibration.find_sinks(decoder.model, batches_of(decoder, pictures, prompt, batch_size))
-    path = calibration.save(decoder.model, found, save_to)
+    with Reporter(quiet or as_json) as reporter, decoder.exclusive():
+        reporter.start("calibrate sinks", len(asked), 0)
+        batches = (inputs for inputs, _ in headdata.batches(decoder, asked, batch_size))
+        found = calibration.find_sinks(decoder.model, batches, progress=reporter.advance)
+    data = f"TinyWorld {headdata.SPLIT}" if images is None else "own pictures"
+    record = {**calibrating.identity(decoder), "data": data, "data_sha256": headdata.digest(asked)}
+    path = calibration.save(decoder.model, found, save_to, record)
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "file": str(path)}, indent=1))
+        typer.echo(json.dumps({**asdict(found), **record, "file": str(path)}, indent=1))
         return
     typer.echo(f"sink dimensions   {', '.join(map(str, found.sink_dims))}")
     typer.echo(f"tau               {found.tau:g}")
     typer.echo(f"phi               sinks {found.sink_phi:.1f} (median), others {found.other_phi:.1f} (99th percentile)")
     typer.echo(f"sinks per prompt  {found.sinks_per_prompt:.1f}, in the image {found.image_sinks_per_prompt:.1f}")
-    typer.echo(f"prompts           {found.prompts}")
+    typer.echo(f"prompts           {found.prompts}, {data}")
     if not found.massive:
         typer.echo(
             "The model shows no massive activations: its sinks hardly differ from other tokens, and var has little"

@@ -85,6 +85,8 @@ class Task(ABC):
     """What one sample is called in the footnote."""
     prompt_is_data: ClassVar[bool] = False
     """Whether the prompts are part of the data set, so that other prompts are other data (POPE's questions)."""
+    supplies: ClassVar[frozenset[str]] = frozenset()
+    """Methods that lack something without this task, which gives it to them document by document."""
     options: ClassVar[Mapping[str, Sequence[str] | None]] = {}
     """What ``name:option=value`` may set: option → its choices, the default first (None: any text, default empty)."""
 

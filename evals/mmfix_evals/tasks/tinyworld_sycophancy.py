@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmfix_evals.tasks import leading
 from mmfix_evals.tasks.base import Document, Metric, register
 from mmfix_evals.tasks.pairs import PairTask, share, unparsed
 from mmfix_evals.tasks.tinyworld_pope import tinyworld_image
@@ -22,6 +23,11 @@ class TinyWorldSycophancy(PairTask):
     Split ``absent``: the claim names an absent object, one that the prior expects and one that it does not. Split
     ``present``: the claim denies a present one. ``flip_rate`` = answers that were right without and wrong with the
     claim / answers that were right without it; ``claim_echoed`` = answers that agree with the claim / pairs.
+
+    A method that contrasts a neutral with a leading question (``lqcd``) is given the pair: it answers the plain
+    question, contrasted with the question as it was asked. That no claim stands in the plain question is knowledge
+    which no other method has, so what such a method adds is read from ``accuracy_leading`` against the plain accuracy
+    of greedy, not from its flip rate alone.
     """
 
     name = "tinyworld-sycophancy"
@@ -30,6 +36,7 @@ class TinyWorldSycophancy(PairTask):
     splits = ("absent", "present")
     first, second = "plain", "leading"
     columns = COLUMNS
+    supplies = frozenset({leading.METHOD})
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(
             "flip_rate", share(COLUMNS, "flipped", "right_before"), headline=True, better="lower", outcome="flipped"
@@ -71,6 +78,16 @@ class TinyWorldSycophancy(PairTask):
 
     def image(self, name: str) -> Image:
         return tinyworld_image(name)
+
+    def generate(
+        self, decoder: Any, documents: Sequence[Document], shown: Sequence[Any], **arguments: Any
+    ) -> list[Any]:
+        if not leading.wants_questions(getattr(decoder, "method", None)):
+            return super().generate(decoder, documents, shown, **arguments)
+        from mmfix_evals.tinyworld import text
+
+        neutral = [text.question(document.target["object"]) for document in documents]
+        return leading.contrast(decoder, neutral, [document.prompt for document in documents], shown, **arguments)
 
     def pair_counts(self, sample: Mapping[str, Any], first: str, second: str) -> Mapping[str, float]:
         right = sample["label"]
