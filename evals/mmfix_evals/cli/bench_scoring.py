@@ -108,7 +108,7 @@ def measure(repeats: int) -> dict[str, Any]:
         first = time.process_time() - start
 
         def score_chair() -> None:
-            chair_text.tokens.cache_clear()
+            chair_text.words.cache_clear()
             chair_text.singular.cache_clear()
             chair.score_files(paths["captions"], folder)
 

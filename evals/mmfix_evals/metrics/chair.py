@@ -19,7 +19,7 @@ from mmfix_evals import files
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.metrics import chair_text, chair_truth, chair_wordnet
 from mmfix_evals.metrics.chair_metrics import COUNT_KEYS, METRICS, ChairScore, total_score
-from mmfix_evals.metrics.chair_text import FLAVOUR, Token, merge_double_words
+from mmfix_evals.metrics.chair_text import FLAVOUR, Token, merge_double_words, merge_words
 from mmfix_evals.metrics.coco_words import coco_nodes, read_synonyms
 
 __all__ = [
@@ -91,8 +91,7 @@ class Chair:
             limit: look at the first so many tokens only. A double word is one token and thus never cut in two.
         """
         merged = merge_double_words(FLAVOURS[self.flavour](caption))[:limit]
-        words = {token.word for token in merged}
-        dropped = "seat" if {"toilet", "seat"} <= words else None
+        dropped = _dropped([token.word for token in merged])
         found = [
             Mention(self.nodes[word], start, end, word)
             for word, start, end in merged
@@ -112,9 +111,11 @@ class Chair:
             gt_nodes: nodes that are in the picture.
             limit: count in the first so many tokens only.
         """
-        merged, found = self.analyse(caption, limit)
-        named = {mention.node for mention in found}
-        hallucinated = sum(mention.node not in gt_nodes for mention in found)
+        merged = merge_words(self._words(caption))[:limit]
+        dropped = _dropped(merged)
+        found = [self.nodes[word] for word in merged if word in self.nodes and word != dropped]
+        named = set(found)
+        hallucinated = sum(node not in gt_nodes for node in found)
         return {
             "hallucinated_caption": int(hallucinated > 0),
             "captions": 1,
@@ -125,6 +126,11 @@ class Chair:
             "named_objects": len(named),
             "tokens": len(merged),
         }
+
+    def _words(self, caption: str) -> Sequence[str]:
+        if self.flavour == FLAVOUR:
+            return chair_text.words(caption)
+        return [token.word for token in FLAVOURS[self.flavour](caption)]
 
     def score(
         self,
@@ -166,6 +172,10 @@ class Chair:
             rows.append((image, self.counts(caption, truth.get(image, frozenset()))))
         strange = sorted(set().union(*truth.values()) - set(self.nodes.values()))
         return total_score(rows, len(unknown), strange, len(repeated), self.flavour)
+
+
+def _dropped(words: Sequence[str]) -> str | None:
+    return "seat" if "seat" in words and "toilet" in words else None
 
 
 def _check_option(name: str, given: str | None, choices: Sequence[str | None]) -> None:

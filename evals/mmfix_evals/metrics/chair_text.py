@@ -29,6 +29,11 @@ PLAIN_SENTENCE = re.compile(
     r"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b)(?:[a-z]++(?:-[a-z]++)*+,?+ )*+[a-z]++(?:-[a-z]++)*+\.?+"
 )
 PLAIN_TOKEN = re.compile(r"[a-z-]+|[,.]")
+# The same with semicolons and English contractions; NLTK cuts "gonna" in "gonnan't" too. Looking ahead for "n't" is
+# slower, so plain sentences keep their pattern.
+_WORD = r"[a-z]++(?:-[a-z]++)*+(?:(?<=[a-z]n)'t|'(?:s|m|d|ll|re|ve))?+"
+CONTRACTED_SENTENCE = re.compile(rf"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna))(?:{_WORD}[,;]?+ )*+{_WORD}\.?+")
+CONTRACTED_TOKEN = re.compile(r"n't|'[a-z]+|[a-z-]+?(?=n't)|[a-z-]+|[,;.]")
 
 FLAVOUR = "pattern"
 UNCHANGED_ENDINGS = ("collies", "doggies", "cookies", "veggies")  # Pattern's "-ie" words + s
@@ -64,19 +69,42 @@ def tokens(caption: str) -> tuple[Token, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=8192)
+def words(caption: str) -> tuple[str, ...]:
+    """The words of `tokens(caption)`, which are all that counting needs: positions cost half of the time."""
+    lowered = caption.lower()
+    return tuple(singular(word) for start, end in sentences(lowered) for word in sentence_words(lowered[start:end]))
+
+
 def merge_double_words(single: Sequence[Token]) -> list[Token]:
     """Join consecutive tokens that form one word, from left to right, each token used once."""
-    merged, i = [], 0
-    while i < len(single):
-        token = single[i]
-        i += 1
-        if token.word in FIRST_WORDS and i < len(single):
-            word = DOUBLE_WORDS.get(f"{token.word} {single[i].word}")
-            if word is not None:
-                token = Token(word, token.start, single[i].end)
-                i += 1
-        merged.append(token)
-    return merged
+    joined = _joined([token.word for token in single])
+    if not joined:
+        return list(single)
+    return [
+        Token(joined[i], token.start, single[i + 1].end) if i in joined else token
+        for i, token in enumerate(single)
+        if i - 1 not in joined
+    ]
+
+
+def merge_words(single: Sequence[str]) -> Sequence[str]:
+    """`merge_double_words` of words without positions."""
+    joined = _joined(single)
+    if not joined:
+        return single
+    return [joined.get(i, word) for i, word in enumerate(single) if i - 1 not in joined]
+
+
+def _joined(single: Sequence[str]) -> dict[int, str]:
+    """Place of the first half of every double word → the double word."""
+    found: dict[int, str] = {}
+    for i, word in enumerate(single[:-1]):
+        if word in FIRST_WORDS and i - 1 not in found:
+            double = DOUBLE_WORDS.get(f"{word} {single[i + 1]}")
+            if double is not None:
+                found[i] = double
+    return found
 
 
 def positions(caption: str, lowered: str) -> list[int] | None:
@@ -120,9 +148,24 @@ def _closes(run: str) -> bool:
 
 def sentence_tokens(sentence: str) -> Iterable[tuple[str, int, int]]:
     """NLTK's tokens of one lower-cased sentence with their positions in it."""
+    pattern = _token_pattern(sentence)
+    if pattern is None:
+        return _library_tokens(sentence)
+    return [(match.group(), *match.span()) for match in pattern.finditer(sentence)]
+
+
+def sentence_words(sentence: str) -> list[str]:
+    """`sentence_tokens` without the positions."""
+    pattern = _token_pattern(sentence)
+    found: list[str] = _tokenizer().tokenize(sentence) if pattern is None else pattern.findall(sentence)
+    return found
+
+
+def _token_pattern(sentence: str) -> re.Pattern[str] | None:
+    """What finds the tokens of a sentence in one pass; None: it takes the library's substitutions."""
     if PLAIN_SENTENCE.fullmatch(sentence):
-        return [(match.group(), *match.span()) for match in PLAIN_TOKEN.finditer(sentence)]
-    return _library_tokens(sentence)
+        return PLAIN_TOKEN
+    return CONTRACTED_TOKEN if CONTRACTED_SENTENCE.fullmatch(sentence) else None
 
 
 def _library_tokens(sentence: str) -> Iterator[tuple[str, int, int]]:
