@@ -32,9 +32,9 @@ class HALC(Method):
 
     What the paper leaves open, and what is done here: a word is a run of letters and digits that the next token ends;
     one without boxes is looked at in the centre of the picture, [0.2, 0.8] each way, and one with more than `most`
-    boxes or of which the detector returns None is left alone. Pairs are chosen at the word's first token and kept for its
-    others. A word is decoded again in as many tokens as it had, none of which ends the answer; the word that comes of
-    it, whether the same or another, is not looked up again. Scores of beams stay the model's log-probabilities, summed
+    boxes or of which the detector returns None is left alone. Pairs are chosen at the word's first token and kept for
+    its others. A word is decoded again in as many tokens as it had, none of which ends the answer; the word that comes
+    of it, whether the same or another, is not looked up again. Scores of beams stay the model's log-probabilities, summed
     anew for tokens that changed, so that beam search goes on as ever; where fewer different answers are left than
     beams, the best one is continued in more than one way.
 
