@@ -14,12 +14,14 @@ from mmfix.calibration import calibrated, in_use
 from mmfix.errors import ConflictError, MethodError, MmfixError, UnsupportedModel, UsageError
 from mmfix.expand import Expander
 from mmfix.families import Family, describe, why_not
+from mmfix.focusing import Focusing
 from mmfix.install import disturbed, install
 from mmfix.method import Method
 from mmfix.overlooking import Overlooking
 from mmfix.readouts import Readouts
 from mmfix.restore import ATTRIBUTE, Snapshot
-from mmfix.searching import Searching
+from mmfix.search import OverTrust
+from mmfix.searching import OverTrusting
 from mmfix.segments import Markers, chat_markers
 from mmfix.selection import Outliers
 from mmfix.session import Session
@@ -245,7 +247,10 @@ def _branch(session: Session, family: Family, methods: list[Method], backend: st
     for owner, one in searching:
         rules = one.search()
         assert rules is not None
-        session.search = Searching(session, rules, owner)
+        if isinstance(rules, OverTrust):
+            session.search = OverTrusting(session, rules, owner)
+        else:
+            session.search = Focusing(session, rules, owner)
     if len(mixing) > 1:
         names = " and ".join(repr(m.info.name) for _, m in mixing)
         raise ConflictError(f"methods {names} both combine logits; use one of them")

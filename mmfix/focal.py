@@ -2,12 +2,14 @@
 
 A detector (a function of the user's own, :func:`mmfix.scorers.boxes`) says where the object of a word is. The word is
 decoded again from a few fields of view around it, and the pairs of views that disagree most are contrasted in both
-directions. Everything here is a function of boxes and logits; nothing calls a model.
+directions. Everything here is a function of boxes and logits; nothing calls a model. The search that uses it is
+:mod:`mmfix.focusing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, NamedTuple
 
@@ -21,6 +23,37 @@ from mmfix.scorers import Box
 CENTRE: Box = (0.2, 0.2, 0.8, 0.8)  # where a word's object is taken to be when the detector does not find it
 MOST_SHRUNK = 0.8
 FLOOR = -1e3  # logits below it count as ruled out
+
+
+Divergence = Literal["reversed", "jensen-shannon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refocus:
+    """A beam search that looks again at the object of every word that it says.
+
+    Args:
+        detector: name of a registered function (pixels, word) → boxes.
+        scorer: name of a registered function (pixels, text) → number, or None for the model's own log-probability.
+        beams: where ``generate()`` is not told how many; None leaves it at what it is told.
+        views, ratio: fields of view, and how much wider each is than the one before.
+        candidates: answers per beam whose word was decoded again, an even number.
+        weight: of the subtracted view.
+        most: boxes; a word with more is left alone.
+        divergence: by which pairs of views are chosen.
+        owner: the method, for messages.
+    """
+
+    detector: str
+    scorer: str | None = None
+    beams: int | None = 3
+    views: int = 4
+    ratio: float = 0.6
+    candidates: int = 4
+    weight: float = 0.05
+    most: int = 3
+    divergence: Divergence = "reversed"
+    owner: str = "this method"
 
 
 class Focus(NamedTuple):
@@ -75,7 +108,7 @@ def crop(pixels: Tensor, box: Box) -> Tensor:
     return F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)[0].to(pixels.dtype)
 
 
-def divergences(logits: Tensor, kind: Literal["reversed", "jensen-shannon"] = "reversed") -> Tensor:
+def divergences(logits: Tensor, kind: Divergence = "reversed") -> Tensor:
     """Float32[n, n]: how far apart what n views [n, V] say is; symmetric, 0 on the diagonal.
 
     With p_i the softmax of view i and M = (p_i + p_j) / 2: "reversed" is ``(KL(M || p_i) + KL(M || p_j)) / 2``, as the
@@ -106,7 +139,7 @@ def contrasted(
     logits: Tensor,
     candidates: int = 4,
     weight: float = 0.05,
-    kind: Literal["reversed", "jensen-shannon"] = "reversed",
+    kind: Divergence = "reversed",
 ) -> Tensor:
     """Float32[candidates, V]: ``l_i - weight * l_j`` in both directions for the pairs of views that disagree most.
 
@@ -119,6 +152,11 @@ def contrasted(
     Raises:
         MethodError: an odd number, or more pairs than there are.
     """
+    return torch.stack([less(logits[i], logits[j], weight) for i, j in directions(logits, candidates, kind)])
+
+
+def directions(logits: Tensor, candidates: int = 4, kind: Divergence = "reversed") -> list[tuple[int, int]]:
+    """(view, view that is subtracted from it) of each candidate of :func:`contrasted`, which has the same arguments."""
     pairs = list(combinations(range(len(logits)), 2))
     if candidates < 2 or candidates % 2 or candidates // 2 > len(pairs):
         raise MethodError(
@@ -126,9 +164,10 @@ def contrasted(
         )
     apart = divergences(logits, kind)
     chosen = sorted(pairs, key=lambda pair: -float(apart[pair]))[: candidates // 2]
-    return torch.stack([_less(logits[i], logits[j], weight) for a, b in chosen for i, j in ((a, b), (b, a))])
+    return [way for a, b in chosen for way in ((a, b), (b, a))]
 
 
-def _less(one: Tensor, other: Tensor, weight: float) -> Tensor:
+def less(one: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Float32[V]: ``one - weight * other``, as in :func:`contrasted`."""
     one, other = one.float(), other.float()
     return one - weight * torch.where(one < FLOOR, other.clamp(min=FLOOR), other)

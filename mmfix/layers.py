@@ -240,8 +240,9 @@ class LayerState:
             received.ask(self, dataclasses.replace(bare, groups=groups))
         edits = self.edits if window is None else self._in_window(bare.keys)
         plain = dataclasses.replace(bare, groups=groups, edits=edits, masses=masses)  # type: ignore[arg-type]
-        if session.search is not None and self.layer == session.search.watch.layer:
-            session.search.watch.see(plain)
+        newest = None if session.search is None else session.search.watch
+        if newest is not None and self.layer == newest.layer:
+            newest.see(plain)
         if self.opened is None:
             attended = grouped_attention(plain, session.backend)
         else:

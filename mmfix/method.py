@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmfix.branches import Branch, Mix, Rewrite
     from mmfix.enhanced import Enhanced
     from mmfix.families import Family
+    from mmfix.focal import Refocus
     from mmfix.hidden import HiddenScale
     from mmfix.readouts import Readout
     from mmfix.reorder import Reorder
@@ -263,7 +264,7 @@ class Method:
         """How the logits of the branches, or of the readouts, combine; None when nothing is combined or cut."""
         return None
 
-    def search(self) -> OverTrust | None:
+    def search(self) -> OverTrust | Refocus | None:
         """What ``generate()`` does in the place of its own search; None when nothing."""
         return None
 

@@ -117,11 +117,11 @@ def build(session: Session) -> Report:
         changed, seen = session.mixed.tolist()
         table[session.mix_owner][0] += changed
         table[session.mix_owner][1] += seen
-    passes = session.expander.rows.count if session.expander is not None else 1
+    passes = 1.0 if session.expander is None else float(session.expander.rows.count)
     if session.search is not None:
         for n, count in enumerate(session.search.counts):
             table[session.search.owner][n] += count
-        passes = 1 + session.search.rules.candidates
+        passes = session.search.passes
     fired = {name: Fired(*row) for name, row in zip(names, table, strict=True)}
     notes = list(session.notes)
     if session.prompts:
@@ -134,7 +134,7 @@ def build(session: Session) -> Report:
         layers=[LayerReport(s.layer, s.backend, s.reason, s.calls) for s in session.layers],
         masses=None if masses is None else {name: float(value.mean()) for name, value in masses.items()},
         prompts=session.prompts,
-        passes_per_token=float(passes),
+        passes_per_token=passes,
         extra_prefills=session.extra_passes,
         notes=notes,
         calibrated=session.calibrated,

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from mmfix.errors import MethodError, MmfixError
 
-Kind = Literal["map", "boxes"]
+Kind = Literal["map", "boxes", "match"]
 KINDS: dict[str, str] = {
     "map": "(pixels [3, H, W], question) → relevance [H, W]",
-    "boxes": "(pixels [3, H, W], word) → boxes (left, top, right, bottom), from 0 to 1",
+    "boxes": "(pixels [3, H, W], word) → boxes (left, top, right, bottom), from 0 to 1; None: not a word to look up",
+    "match": "(pixels [3, H, W], text) → how well they match, a number",
 }
 
 
@@ -57,7 +58,7 @@ def register(name: str, function: Any = None, *, kind: Kind = "map") -> Any:
     Args:
         name: words of letters, digits, ``-`` and ``_``.
         function: see :data:`KINDS` for what it is given and returns.
-        kind: "map" (AGLA) or "boxes" (HALC).
+        kind: "map" (AGLA), "boxes" or "match" (HALC).
 
     Raises:
         MethodError: a malformed name, an unknown kind, or what cannot be called.
@@ -86,11 +87,11 @@ def names(kind: Kind | None = None) -> list[str]:
     return sorted(name for name, (of_it, _) in _SCORERS.items() if kind in (None, of_it))
 
 
-def get(name: str | None, kind: Kind, owner: str) -> Scorer:
+def get(name: str | None, kind: Kind, owner: str, field: str = "scorer") -> Scorer:
     """The function of a name.
 
     Args:
-        owner: the method that asks, for the message.
+        owner: the method that asks, and its `field` for the name; for the message.
 
     Raises:
         MethodError: no name, one that is not registered, or one of another kind.
@@ -98,12 +99,12 @@ def get(name: str | None, kind: Kind, owner: str) -> Scorer:
     way = f"register a function {KINDS[kind]} with mmfix.scorers.register(name, function, kind={kind!r})"
     if name is None:
         known = f" (known: {', '.join(names(kind))})" if names(kind) else ""
-        raise MethodError(f"{owner} needs a model of your own: {way} and give {owner}:scorer=name{known}")
+        raise MethodError(f"{owner} needs a model of your own: {way} and give {owner}:{field}=name{known}")
     if name not in _SCORERS:
-        raise MethodError(f"{owner}.scorer={name!r} is not registered in this process; {way}")
+        raise MethodError(f"{owner}.{field}={name!r} is not registered in this process; {way}")
     found, function = _SCORERS[name]
     if found != kind:
-        raise MethodError(f"{owner}.scorer={name!r} returns {found}, and {owner} needs {kind}; {way}")
+        raise MethodError(f"{owner}.{field}={name!r} returns {found}, and {owner} needs {kind}; {way}")
     return function
 
 
@@ -128,15 +129,23 @@ def relevance(name: str, pixels: Tensor, question: Question, owner: str) -> Tens
 Box = tuple[float, float, float, float]
 
 
-def boxes(name: str, pixels: Tensor, word: str, owner: str) -> list[Box]:
+def boxes(name: str, pixels: Tensor, word: str, owner: str) -> list[Box] | None:
     """Boxes (left, top, right, bottom) of a word in a picture [3, H, W], as shares of its width and height.
 
+    None where the word is not one to look up; an empty list where its object is not found.
+
     Raises:
-        MmfixError: the scorer returned something else.
+        MmfixError: the scorer raised an error, or returned something else.
     """
+    given = _asked(get(name, "boxes", owner, "detector"), name, pixels, word)
+    if given is None:
+        return None
     found = []
-    for box in get(name, "boxes", owner)(pixels, word):
-        sides = tuple(float(side) for side in box)
+    for box in given:
+        try:
+            sides = tuple(float(side) for side in box)
+        except (TypeError, ValueError):
+            sides = ()
         good = len(sides) == 4 and all(math.isfinite(side) and 0.0 <= side <= 1.0 for side in sides)
         if not good or sides[0] >= sides[2] or sides[1] >= sides[3]:
             raise MmfixError(
@@ -145,3 +154,29 @@ def boxes(name: str, pixels: Tensor, word: str, owner: str) -> list[Box]:
             )
         found.append((sides[0], sides[1], sides[2], sides[3]))
     return found
+
+
+def match(name: str, pixels: Tensor, text: str, owner: str) -> float:
+    """How well a text fits a picture [3, H, W]; more is better.
+
+    Raises:
+        MmfixError: the scorer raised an error, or returned no finite number.
+    """
+    found = _asked(get(name, "match", owner), name, pixels, text)
+    try:
+        number = float(found)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise MmfixError(f"scorer {name!r} returned {found!r} for {text!r}; return a finite number")
+    return number
+
+
+def _asked(function: Scorer, name: str, pixels: Tensor, text: str) -> Any:
+    """What a scorer says of a text; its own error with the word at which it happened."""
+    try:
+        return function(pixels, text)
+    except Exception as error:
+        raise MmfixError(
+            f"scorer {name!r} raised {type(error).__name__} for {text!r}: {error}; mend it, or register another"
+        ) from error

@@ -9,6 +9,7 @@ from mmfix.methods.damro import DAMRO
 from mmfix.methods.deco import DeCo
 from mmfix.methods.dola import DoLa
 from mmfix.methods.frame_block import FrameBlock
+from mmfix.methods.halc import HALC
 from mmfix.methods.hgai import HGAI
 from mmfix.methods.icd import ICD
 from mmfix.methods.jrt import JRT
@@ -43,6 +44,7 @@ __all__ = [
     "AGLA",
     "CCA",
     "DAMRO",
+    "HALC",
     "HGAI",
     "ICD",
     "JRT",

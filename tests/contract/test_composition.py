@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import vlm
 from support.cases import active
+from support.speech import Speech
 
 import mmfix
 from mmfix.errors import ConflictError
@@ -23,8 +24,11 @@ def logits(model: Any, names: tuple[str, ...]) -> torch.Tensor:
         [vlm.tokens(3, "image", 6, seed=1), vlm.tokens(2, "image", 3, seed=2)],
         torch.cat([vlm.picture(1), vlm.picture(2)]),
     )
+    if "halc" in names:  # a pass of its own for every word: one prompt will do
+        inputs = vlm.one(seed=1)
     search = any(mmfix.methods()[name].kind == "search" for name in names)
-    with mmfix.mitigate(model, [active(name) for name in names]):
+    processor = Speech() if "halc" in names else None
+    with mmfix.mitigate(model, [active(name) for name in names], processor=processor):
         found = vlm.greedy(model, inputs, STEPS, output_logits=not search)
     return found.sequences.float() if search else torch.stack(found.logits, 1)
 

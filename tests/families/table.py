@@ -18,6 +18,7 @@ from support import steered
 from support.cases import active
 from support.families import FAMILIES
 from support.refused_models import REFUSED
+from support.speech import Speech
 
 import mmfix
 from mmfix.errors import MmfixError, UnsupportedModel
@@ -76,7 +77,8 @@ def trouble(model: Any, tiny: Any, name: str) -> str:
     search = mmfix.methods()[name].kind == "search"
     options = {"max_new_tokens": 2, "do_sample": False, "output_logits": not search, "return_dict_in_generate": True}
     try:
-        with torch.no_grad(), mmfix.mitigate(model, active(name)):
+        processor = Speech() if name == "halc" else None  # it reads the words of an answer
+        with torch.no_grad(), mmfix.mitigate(model, active(name), processor=processor):
             found = model.generate(**inputs, **options, suppress_tokens=list(range(90, 100)))
     except MmfixError as error:
         return _short(str(error), type(model).__name__, name)

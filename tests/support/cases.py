@@ -42,6 +42,7 @@ class Case:
 _VAR = {"sink_dims": (3, 7), "tau": 1.6, "min_image_mass": 0.1, "max_sink_share": 0.9, "move": 0.9}
 HEAD_SCALES = tuple(name for name, info in methods().items() if info.kind == "head scale")
 scorers.register("brightness", lambda pixels, question: pixels.mean(0))
+scorers.register("lower-half", lambda pixels, word: [(0.2, 0.5, 0.8, 1.0)], kind="boxes")
 CASES: dict[str, Case] = {
     "agla": Case(active={"scorer": "brightness", "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
     "var": Case(active=_VAR, identity={**_VAR, "move": 0.0}),
@@ -74,6 +75,9 @@ CASES: dict[str, Case] = {
         identity={"alpha": 0.0, "top_p": 1.0, "top_k": 1000},
     ),
     "dola": Case(active={"layers": (1, 3), "beta": 1e-9}, identity={"alpha": 0.0, "beta": 1e-9}),
+    "halc": Case(
+        active={"detector": "lower-half", "beams": 1, "views": 2, "candidates": 2}
+    ),  # and a processor that decodes
     "hgai": Case(active={"layers": (1, 2, 3)}, identity={"alpha": 0.0}),
     "icd": Case(
         active={"tokens": (12,), "at": "question", "beta": 1e-9},
