@@ -6,7 +6,7 @@ masked. The cache is cropped after each try, never copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,12 +51,20 @@ class Rows:
         self.positions = self.mask = torch.zeros(0, dtype=torch.int64)
         self.cache: Any = None
 
-    def prompt(self, ids: Tensor, config: Any) -> Tensor:
-        """Compute the prompt; Float32[rows, V] of the first token."""
-        output = self.model._prefill(ids, config, self.given)
+    def prompt(self, ids: Tensor, config: Any, beams: int = 1) -> Tensor:
+        """Compute the prompt; Float32[rows, V] of the first token.
+
+        Args:
+            beams: rows that each prompt has, all alike; it is computed once, where every input has a row per row.
+        """
+        given = self._every(beams, len(ids))
+        alike = 1 if given is self.given else beams
+        output = self.model._prefill(ids[::alike], config, given)
         self.cache = output.past_key_values
         check_cache(self.cache)
-        logits: Tensor = output.logits[:, -1].float()
+        if alike > 1:
+            self.cache.batch_repeat_interleave(alike)
+        logits: Tensor = output.logits[:, -1].float().repeat_interleave(alike, dim=0)
         rows, self.keys = len(logits), int(self.cache.get_seq_length())
         mask, positions = self.given.get("attention_mask"), self.given.get("position_ids")
         self.mask = torch.ones(rows, self.keys, dtype=torch.int64, device=logits.device) if mask is None else mask
@@ -64,6 +72,16 @@ class Rows:
         self.positions = last + 1  # of the first token after the prompt: [rows, 1], or with axes in front
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=logits.device)
         return logits
+
+    def _every(self, beams: int, rows: int) -> dict[str, Any]:
+        """What was given, for every `beams`-th row; all of it where inputs are not by rows, or differ among them."""
+        cache = self.given.get("past_key_values")
+        if beams == 1 or cache is None or cache.get_seq_length():
+            return self.given
+        thinned = {
+            name: value if value is cache else _thinned(value, beams, rows) for name, value in self.given.items()
+        }
+        return self.given if any(value is NotImplemented for value in thinned.values()) else thinned
 
     def newest(self, answers: Sequence[Answering]) -> Tensor:
         """Compute every row's newest token, which its cache lacks; Float32[rows, V] of the next."""
@@ -148,6 +166,29 @@ class Rows:
         if tokens:
             self.cache.crop(-tokens)
             self.valid = self.valid[:, : self.valid.shape[1] - tokens]
+
+
+def _thinned(value: Any, beams: int, rows: int) -> Any:
+    """Every `beams`-th entry of what has one for each of `rows`; NotImplemented where neighbours are not alike."""
+    if isinstance(value, Mapping):  # pictures that were encoded ahead, by modality
+        found = {name: _pooled(one, beams, rows) for name, one in value.items()}
+        return NotImplemented if any(one is NotImplemented for one in found.values()) else found
+    if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and not value.ndim):
+        return value
+    if len(value) != rows or not all(isinstance(one, Tensor) for one in value):
+        return NotImplemented
+    alike = all(torch.equal(value[n], value[n - n % beams]) for n in range(rows))
+    return value[::beams] if alike else NotImplemented
+
+
+def _pooled(encoded: Any, beams: int, rows: int) -> Any:
+    """Pictures encoded ahead, of which models read ``pooler_output`` (and features of deeper layers, not served)."""
+    if encoded is None:
+        return None
+    if encoded.get("pooler_output") is None or encoded.get("deepstack_features") is not None:
+        return NotImplemented
+    found = _thinned(encoded["pooler_output"], beams, rows)
+    return found if found is NotImplemented else type(encoded)(pooler_output=found)
 
 
 def processed(log_probs: Tensor, answers: Sequence[Answering], processors: Any) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfix.errors import MmfixError, UnsupportedModel, UsageError
+from mmfix.inputs import rows_for
 from mmfix.rows import Rows, check, ending_of, output, processed
 from mmfix.search import OverTrust, Searcher, Trail
 from mmfix_kernels import AttentionCall, column_mass
@@ -128,8 +129,10 @@ class OverTrusting(Searching):
         ending = ending_of(generation_config, stopping_criteria, input_ids.shape[1])
         searchers = [Searcher(self.rules, ending, Trail.begin(ids, count)) for ids in input_ids[::count]]
         rows = Rows(model, self.watch, model_kwargs)
-        logits = rows.prompt(input_ids, generation_config)
-        image = self._image()
+        # Edits are made for the rows of a prompt: where no other method has any, one row stands for its beams.
+        alone = len(self.session.methods) == 1 and not self.session.telemetry
+        logits = rows.prompt(input_ids, generation_config, count if alone else 1)
+        image = rows_for(self._image(), len(input_ids))
         newest = logits.new_zeros(len(input_ids), rows.keys)
         while not all(one.beams.done for one in searchers):
             self._choose(searchers, rows, logits, newest, image, logits_processor)

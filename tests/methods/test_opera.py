@@ -304,3 +304,28 @@ def test_it_composes_with_a_method_that_edits_attention(llava: Any) -> None:
     with mmfix.mitigate(llava, [mmfix.method("opera", **RESTLESS), mmfix.method("vaf", image_gain=3.0)]):
         both = generate(llava, inputs)
     assert both.sequences_scores.tolist() != alone.sequences_scores.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::mmfix.errors.MmfixWarning")
+@pytest.mark.parametrize("pictures", ["one each", "two and none"])
+def test_beams_of_a_prompt_are_computed_once(llava: Any, pictures: str) -> None:
+    """Not where their rows differ: pictures that are more than one to a prompt are not told apart by rows."""
+    rows = [vlm.tokens(3, "image", 9, seed=1), vlm.tokens(2, "image", 4, seed=2)]
+    if pictures != "one each":
+        rows = [vlm.tokens(3, "image", 1, "image", 2, seed=1), vlm.tokens(12, seed=2)]
+    inputs, lengths = vlm.batch(rows, vlm.picture(1, 2)), []
+    with mmfix.mitigate(llava, mmfix.method("opera", **RESTLESS)):
+        watched = llava.model.language_model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(args[0].shape[0] if args else kwargs["hidden_states"].shape[0]),
+            with_kwargs=True,
+        )
+        got = llava.generate(**inputs, max_new_tokens=4, do_sample=False)
+        watched.remove()
+    assert lengths[0] == (2 if pictures == "one each" else 4)
+    assert set(lengths[1:]) == {4}
+    for n, (ids, shown) in enumerate(zip(rows, (1, 1) if pictures == "one each" else (2, 0), strict=True)):
+        first = n if pictures == "one each" else 0
+        alone = vlm.batch([ids], vlm.picture(1, 2)[first : first + shown] if shown else None)
+        with mmfix.mitigate(llava, mmfix.method("opera", **RESTLESS)):
+            single = llava.generate(**alone, max_new_tokens=4, do_sample=False)
+        assert torch.equal(got[n, -4:], single[0, -4:])
