@@ -40,6 +40,7 @@ def head(config: RunConfig, argv: Sequence[str], plans: Sequence[TaskPlan], load
                 "name": arm.name,
                 "spec": list(arm.spec),
                 "trained": any(m.info.trained_in_paper for m in arm.methods),
+                **({"generation": arm.generation} if arm.generation else {}),
             }
             for arm in loaded.arms
         ],
