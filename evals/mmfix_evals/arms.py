@@ -1,16 +1,21 @@
-"""The methods of a run: ``greedy``, a name, ``name:field=value``, several joined by ``+``; ``@all``, ``@contrast``."""
+"""The methods of a run: ``greedy``, a name, ``name:field=value``, several joined by ``+``; ``@all``, ``@contrast``.
+
+``beam-5`` is no method but the control of one that searches: plain beam search of that width, which is what such a
+method must be compared with.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
 
 BASELINE = "greedy"
+BEAMS = 5  # of the control ``beam``
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,15 @@ class Arm:
 
     Attributes:
         name: as displayed and as stored in every sample.
-        methods: resolved methods with every parameter; empty for greedy.
+        methods: resolved methods with every parameter; empty for greedy and plain beam search.
         spec: the same as JSON.
+        generation: arguments of ``generate`` that this arm alone has.
     """
 
     name: str
     methods: tuple[Any, ...]
     spec: tuple[dict[str, Any], ...]
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def split_methods(text: str) -> list[str]:
@@ -47,20 +54,57 @@ def split_methods(text: str) -> list[str]:
     return found
 
 
-def resolve(text: str, model: Any = None) -> Arm:
+def width(text: str) -> int | None:
+    """Beams of ``beam`` and ``beam-5``; None for anything else.
+
+    Raises:
+        UsageError: a width that is no beam search.
+    """
+    found = re.fullmatch(r"beam(?:-(\d+))?", text)
+    if found is None:
+        return None
+    count = int(found[1] or BEAMS)
+    if not 2 <= count <= 1000:
+        raise UsageError(f"{text!r}: give a beam search 2 to 1000 beams; with one it is {BASELINE}")
+    return count
+
+
+def controls() -> dict[str, set[str]]:
+    """Plain beam searches, by name → the methods whose control each is: those that search as wide."""
+    import mmfix
+
+    found: dict[str, set[str]] = {}
+    for name, info in mmfix.methods().items():
+        beams = info.params["beams"].default if info.kind == "search" and "beams" in info.params else 0
+        if beams > 1:
+            found.setdefault(f"beam-{beams}", set()).add(name)
+    return dict(sorted(found.items(), key=lambda pair: width(pair[0]) or 0))
+
+
+def resolve(text: str, model: Any = None, *, evaluated: bool = False) -> Arm:
     """Build the methods of one arm. What the text leaves open is as calibrated for ``model``, else the default.
+
+    Args:
+        evaluated: whether plain beam search may be one, as in an evaluation.
 
     Raises:
         mmfix.errors.MethodError: an unknown method or field; lists the choices.
-        UsageError: ``greedy`` joined with a method.
+        UsageError: ``greedy`` or plain beam search joined with a method, or the latter where it is none.
     """
     import mmfix
 
     if text == BASELINE:
         return Arm(BASELINE, (), ())
+    beams = width(text)
+    if beams is not None and not evaluated:
+        raise UsageError(f"{text!r} is a control of `mmfix eval run`, not a method; give generate() num_beams={beams}")
+    if beams is not None:
+        return Arm(text, (), (), {"num_beams": beams, "do_sample": False})
     parts = [part for part in re.split(r"\+(?=\s*[A-Za-z])", text) if part]
     if BASELINE in parts:
         raise UsageError(f"{text!r}: greedy is the absence of methods and cannot be joined with one")
+    if any(width(part) for part in parts):
+        raise UsageError(f"{text!r}: plain beam search is a control and cannot be joined; use --gen-kwargs num_beams=5")
     methods = []
     for part in parts:
         parsed = mmfix.parse(part)
@@ -75,12 +119,13 @@ def members(text: str) -> tuple[str, ...]:
     """The methods that a word with ``@`` stands for; any other word stands for itself.
 
     ``@all`` is greedy and every registered method; ``@contrast``, ``@score-edit`` and so on are those of one kind.
+    Methods that search bring plain beam search of their width with them.
     """
     import mmfix
 
     if not text.startswith("@"):
         return (text,)
-    kinds: dict[str, list[str]] = {"all": [BASELINE]}
+    kinds: dict[str, list[str]] = {"all": [BASELINE, *controls()], "search": list(controls())}
     for name, info in mmfix.methods().items():
         kinds["all"].append(name)
         kinds.setdefault(info.kind.replace(" ", "-"), []).append(name)
@@ -98,8 +143,8 @@ def expand(texts: Sequence[str]) -> dict[str, bool]:
 def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -> tuple[list[Arm], dict[str, str]]:
     """The arms for a decoder, and the members of groups that cannot run on it with the reason.
 
-    A method that was named itself is never left out: what it lacks is an error when it runs. Nor is one of `supplied`,
-    the methods that every task of the run gives what they lack.
+    arm = resolve(text, model, evaluated=True)
+    if not named and text not in supplied and model is not None and arm.methods:
     """
     import mmfix
     from mmfix.errors import MmfixError
@@ -107,7 +152,7 @@ def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -
     model = getattr(decoder, "model", None)
     arms, left_out = [], {}
     for text, named in expand(texts).items():
-        arm = resolve(text, model)
+        arm = resolve(text, model, evaluated=True)
         if not named and text not in supplied and model is not None and arm.methods:
             try:
                 with mmfix.mitigate(model, list(arm.methods), processor=decoder.processor):
@@ -117,7 +162,8 @@ def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -
                     left_out[text] = str(problem)
                 continue
         arms.append(arm)
-    return arms, left_out
+    idle = {text for text, owners in controls().items() if owners <= set(left_out) and text not in texts}
+    return [arm for arm in arms if arm.name not in idle], left_out
 
 
 def calibrated(arm: Arm, model: Any) -> dict[str, Any]:

@@ -27,17 +27,17 @@ def generate(decoder: Any, plan: TaskPlan, documents: Sequence[Document], **over
     return list(answers), time.perf_counter() - start
 
 
-def warm_up(decoder: Any, plan: TaskPlan, documents: Sequence[Document]) -> None:
+def warm_up(decoder: Any, plan: TaskPlan, arm: Arm, documents: Sequence[Document]) -> None:
     """One short untimed batch, so that no method pays for what the first call of a process costs."""
     limit = min(WARM_UP_TOKENS, int(plan.generation["max_new_tokens"]))
-    generate(decoder, plan, documents, max_new_tokens=limit)
+    generate(decoder, plan, documents, **{**arm.generation, "max_new_tokens": limit})
 
 
 def ask(
     decoder: Any, plan: TaskPlan, arm: Arm, documents: Sequence[Document]
 ) -> tuple[list[Sample], dict[str, Any] | None]:
     """Sample lines of one batch and the engine's report of it. Raises whatever the model raises."""
-    answers, seconds = generate(decoder, plan, documents)
+    answers, seconds = generate(decoder, plan, documents, **arm.generation)
     if len(answers) != len(documents) or not all(isinstance(answer.text, str) for answer in answers):
         raise RuntimeError(f"the decoder gave {len(answers)} answers to {len(documents)} prompts, or one without text")
     share = 1.0 / len(documents)

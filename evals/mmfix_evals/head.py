@@ -41,6 +41,7 @@ def head(config: RunConfig, argv: Sequence[str], plans: Sequence[TaskPlan], load
                 "spec": list(arm.spec),
                 "trained": any(m.info.trained_in_paper for m in arm.methods),
                 "calibrated": loaded.calibrated.get(arm.name, {}),
+                **({"generation": arm.generation} if arm.generation else {}),
             }
             for arm in loaded.arms
         ],

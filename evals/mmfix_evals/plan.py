@@ -129,7 +129,7 @@ class TaskPlan:
             image_sha256=self.image_sha256[document.image],
             model=self.model,
             method={"name": arm.name, "spec": arm.spec},
-            generation=self.generation,
+            generation={**self.generation, **arm.generation},
             seed=self.seed,
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mmfix_evals import batching, results
-from mmfix_evals.arms import BASELINE, Arm, expand, resolve
+from mmfix_evals.arms import BASELINE, Arm, controls, expand, resolve
 from mmfix_evals.errors import EvalError
 from mmfix_evals.files import remove_leftovers
 from mmfix_evals.head import head, now
@@ -193,7 +193,7 @@ def run(config: RunConfig, argv: Sequence[str], reporter: Reporter, load: Load |
         OSError: the run folder cannot be written.
     """
     config.check()
-    arms = [resolve(text) for text in expand(config.methods)]
+    arms = [resolve(text, evaluated=True) for text in expand(config.methods)]
     _remark_controls(arms, reporter)
     start = _engine(config)
     with data.below(config.data):
@@ -239,7 +239,7 @@ def _engine(config: RunConfig) -> Callable[[RunConfig, Load], Pool]:
 
 def _remark_controls(arms: Sequence[Arm], reporter: Reporter) -> None:
     """What a comparison lacks to be read."""
-    if all(arm.methods for arm in arms) and len(arms) > 1:
+    if all(arm.name != BASELINE for arm in arms) and len(arms) > 1:
         reporter.say(f"no differences will be reported: add {BASELINE} to --methods as the baseline")
     names = {arm.name: {m.info.name for m in arm.methods if m.info.kind == "contrast"} for arm in arms}
     contrast = [name for name, used in names.items() if used - {CONTROL}]
@@ -248,6 +248,13 @@ def _remark_controls(arms: Sequence[Arm], reporter: Reporter) -> None:
             f"{', '.join(contrast)}: part of what a contrast method gains comes from the plausibility cut alone; add "
             f"{CONTROL} to --methods as the control"
         )
+    for control, owners in controls().items():
+        searching = [arm.name for arm in arms if owners & {m.info.name for m in arm.methods}]
+        if searching and not any(arm.generation.get("num_beams") for arm in arms):
+            reporter.say(
+                f"{', '.join(searching)}: a search is to be compared with beam search of its width; add {control} to "
+                "--methods as the control"
+            )
 
 
 def _runner(

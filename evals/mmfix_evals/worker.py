@@ -45,7 +45,7 @@ class Worker:
                 self._warm.add((one.task.name, arm.name))
                 piece = batch[: self.limits.get(one.task.name, len(batch))]
                 try:
-                    warm_up(self.decoders[arm.name], one, piece)
+                    warm_up(self.decoders[arm.name], one, arm, piece)
                 except Exception as problem:
                     if is_fatal(problem):
                         raise
@@ -98,7 +98,7 @@ class Worker:
         for arm in arms:
 
             def attempt(count: int, arm: Arm = arm) -> None:
-                warm_up(self.decoders[arm.name], one, [longest[i % len(longest)] for i in range(count)])
+                warm_up(self.decoders[arm.name], one, arm, [longest[i % len(longest)] for i in range(count)])
 
             size = min(size, batching.find_size(attempt, memory, size))
         return size

@@ -34,9 +34,9 @@ class HALC(Method):
     one without boxes is looked at in the centre of the picture, [0.2, 0.8] each way, and one with more than `most`
     boxes or of which the detector returns None is left alone. Pairs are chosen at the word's first token and kept for
     its others. A word is decoded again in as many tokens as it had, none of which ends the answer; the word that comes
-    of it, whether the same or another, is not looked up again. Scores of beams stay the model's log-probabilities, summed
-    anew for tokens that changed, so that beam search goes on as ever; where fewer different answers are left than
-    beams, the best one is continued in more than one way.
+    of it, whether the same or another, is not looked up again. Scores of beams stay the model's log-probabilities,
+    summed anew for tokens that changed, so that beam search goes on as ever; where fewer different answers are left
+    than beams, the best one is continued in more than one way.
 
     The released code leaves out words at random (a rate of 0.3, which its author sets to 0 to reproduce the paper),
     sets the global seed, and calls D Jensen-Shannon divergence, which has KL(p || M); `divergence` "jensen-shannon" is
@@ -45,8 +45,9 @@ class HALC(Method):
 
     ``generate()`` is called as ever, with the model's processor given to ``mitigate()``; where it is not told
     `num_beams`, `beams` are used. A detector that returns None for every word gives plain beam search; with one beam,
-    greedy decoding. The control is plain beam search of the same width. Passes per token: 1, and for each word of a
-    beam that is looked up `views`, over a prompt of their own, with the prompt and its answers computed again.
+    greedy decoding. The control is plain beam search of the same width, the arm ``beam-3`` of ``mmfix eval run``.
+    Passes per token: 1, and for each word of a beam that is looked up `views`, over a prompt of their own, with the
+    prompt and its answers computed again.
 
     Args:
         detector: name of a registered function (pixels, word) → boxes, or None for a word not to look up.

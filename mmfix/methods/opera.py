@@ -26,7 +26,8 @@ class Opera(Method):
     the tokens it had chosen there; at most C times per place, then one place earlier. (Huang et al., arXiv:2311.17911.)
 
     ``generate()`` is called as ever; where it is not told `num_beams`, `beams` are used. Prompts of a batch go back by
-    themselves. With `weight` 0 and no `rollback` the call is left alone.
+    themselves. With `weight` 0 and no `rollback` the call is left alone. What it adds is told by comparing it with
+    plain beam search of the same width, the arm ``beam-5`` of ``mmfix eval run``, not with greedy decoding.
 
     The released code works in half precision, where column products overflow to inf or underflow to 0, so that most
     penalties are exactly 0, and falls back silently to no return on any error; it takes one place for the whole batch

@@ -30,6 +30,7 @@ def run_command(
         typer.Option(
             help="Methods, separated by commas: greedy, a name, name:field=value,field=value, several joined by +, "
             "@all (every method that can run on the model), or those of a kind: @contrast, @mask, … "
+            "beam-5 is plain beam search, the control of methods that search (opera); @all and @search bring it along. "
             "Differences and speeds are reported relative to greedy."
         ),
     ] = "greedy,var,vhr",
