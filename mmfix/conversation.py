@@ -51,7 +51,7 @@ class Conversation:
     def begin(ids: Tensor | None, embeds: Tensor | None, image: Tensor, valid: Tensor) -> Conversation:
         """A prompt on an empty cache; everything [B, T]."""
         generated = torch.zeros_like(image)
-        spans = token_spans.build(image, valid)
+        spans = token_spans.build(image, valid, ids)
         return Conversation(ids, spans.image, spans.valid, generated, embeds if ids is None else None, spans)
 
     def extended(
@@ -74,9 +74,9 @@ class Conversation:
 
         all_image = grown(before.image, False, image)
         generated = grown(before.generated, True, torch.zeros_like(image))
-        spans = token_spans.build(all_image, valid)
-        labels = spans.labels.masked_fill(generated & valid, int(Label.GENERATED))
         known = None if old_ids is None or ids is None else torch.cat([old_ids, ids], dim=1)
+        spans = token_spans.build(all_image, valid, known)
+        labels = spans.labels.masked_fill(generated & valid, int(Label.GENERATED))
         return Conversation(known, spans.image, spans.valid, generated, None, dataclasses.replace(spans, labels=labels))
 
     def all_ids(self, length: int) -> Tensor | None:
@@ -106,6 +106,7 @@ class Conversation:
             labels=rows_for(spans.labels, batch),
             starts={kind: rows_for(start, batch) for kind, start in spans.starts.items()},
             last=rows_for(spans.last, batch),
+            ids=None if spans.ids is None else rows_for(spans.ids, batch),
         )
         ids, embeds = (None if x is None else rows_for(x, batch) for x in (self.ids, self.embeds))
         steps = [None if s is None else rows_for(s, batch) if s.shape[0] != batch else s for s in self.steps]

@@ -283,14 +283,14 @@ class Session:
         else:
             self.talk = Conversation.begin(ids, embeds, image.bool(), valid)
             self.prompts += shape[0] // self.rows_per_prompt
-        if self.methods and not bool(self.talk.image.any()):
-            self._note("no image tokens in the prompt: methods that act on the image change nothing")
         self._steps = passes.step_rows(self.talk.spans.has_image)
         capacity = passes.capacity(given.cache)
         segments = self.talk.segments(self.markers) if any(m.masks for m in self.methods) else None
         masks: dict[Any, Any] = {}
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
+        if self.methods and not bool(self.talk.image.any()) and not any(state.reorder for state in self.layers):
+            self._note("no image tokens in the prompt: methods that act on the image change nothing")
         if before is not None and bool((before != self.talk.spans.has_image).any()):
             (pieces.check_late_turn if answered else pieces.check_late_image)(self)
         if self.watch is not None:

@@ -25,6 +25,7 @@ class TokenSpans:
         labels: Int8[B, T], one :class:`mmfix_kernels.Label` per token.
         starts: for each kind of row, Int64[B]: position of the first row of that kind (``NEVER`` if there is none).
         last: Int64[B], position of the last token of each prompt.
+        ids: Int64[B, T]; None where only embeddings are known.
     """
 
     image: Tensor
@@ -32,6 +33,7 @@ class TokenSpans:
     labels: Tensor
     starts: dict[Rows, Tensor]
     last: Tensor
+    ids: Tensor | None = None
 
     @property
     def has_image(self) -> Tensor:
@@ -48,7 +50,7 @@ class TokenSpans:
         return self.image.shape[1]
 
 
-def build(image: Tensor, valid: Tensor) -> TokenSpans:
+def build(image: Tensor, valid: Tensor, ids: Tensor | None = None) -> TokenSpans:
     """Spans from image and padding masks, both Bool[B, T]; padding may lie on either side."""
     if image.shape != valid.shape:
         raise MmfixError(
@@ -71,7 +73,7 @@ def build(image: Tensor, valid: Tensor) -> TokenSpans:
         Rows.AFTER_IMAGE: torch.where(has_image, after_image, NEVER),
         Rows.LAST: last,
     }
-    return TokenSpans(image, valid, labels, starts, last)
+    return TokenSpans(image, valid, labels, starts, last, ids)
 
 
 def relabel_sinks(labels: Tensor, sinks: Tensor) -> Tensor:

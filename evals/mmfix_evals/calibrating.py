@@ -159,24 +159,22 @@ def sofa(
     layers: str = "even",
     progress: Progress = lambda done: None,
     batch_size: int = 8,
+    own: Sequence[headdata.Pair] | None = None,
 ) -> Found:
     """SoFA's sigma with the most right answers about two pictures in either order.
 
     Of equal ones the most consistent wins, then the smallest. Accuracy and permutation consistency of every sigma are
-    kept; the questions are those of the task ``tinyworld-position``, on the dev split.
+    kept; the questions are those of the task ``tinyworld-position``, on the dev split, or the user's own.
 
     Args:
         limit: pictures of TinyWorld's dev split; two make a pair.
         sigmas: values that are tried.
         layers: SoFA's layers.
+        own: questions in both orders one after the other, as of :func:`mmfix_evals.headdata.pair_questions`.
     """
-    from mmfix_evals import tasks
-
-    task = tasks.get("tinyworld-position")
-    documents = task.documents(SPLIT, limit, 0)
+    asked = _position_questions(limit) if own is None else own
     tokenizer = decoder.processor.tokenizer
     words = [list(headdata.beginnings(tokenizer, word)) for word in WORDS]
-    asked = [(task.show(one), one.prompt, str(one.target["label"])) for one in documents]
     total = hashlib.sha256()
     for pictures, prompt, label in asked:
         total.update(headdata.digest([Asked(picture, prompt, label) for picture in pictures]).encode())
@@ -207,8 +205,16 @@ def sofa(
     partial.done()
     best = max(rows, key=lambda row: (row["accuracy"], row["consistency"], -row["sigma"]))
     scores = [{name: row[name] for name in ("sigma", "accuracy", "consistency", "pairs", "fired")} for row in rows]
-    record = {**identity(decoder), "data": f"TinyWorld {SPLIT}", "data_sha256": data, "scores": scores}
+    place = f"TinyWorld {SPLIT}" if own is None else "own pictures"
+    record = {**identity(decoder), "data": place, "data_sha256": data, "scores": scores}
     return Found({"sigma": best["sigma"], "layers": layers}, record, rows[0])
+
+
+def _position_questions(limit: int) -> list[headdata.Pair]:
+    from mmfix_evals import tasks
+
+    task = tasks.get("tinyworld-position")
+    return [(task.show(one), one.prompt, str(one.target["label"])) for one in task.documents(SPLIT, limit, 0)]
 
 
 def _pairs(decoder: Any, asked: Sequence[tuple[Any, str, str]], size: int) -> Any:

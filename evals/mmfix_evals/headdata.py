@@ -78,6 +78,37 @@ def questions(folder: Path | None, file: Path | None, limit: int) -> list[Asked]
     return [Asked(shown[row["image"]], row["text"], row["label"]) for row in rows]
 
 
+Pair = tuple[list["Image"], str, str]  # two pictures in order, a question, and its answer
+
+
+def pair_questions(folder: Path, file: Path, limit: int) -> list[Pair]:
+    """Yes-or-no questions about two pictures of a folder, each asked twice: in the order given, then exchanged.
+
+    Args:
+        file: JSON Lines of ``{"images": [first, second], "text": …, "label": "yes" or "no"}``.
+        limit: pictures shown, two per question.
+
+    Raises:
+        DataError: a question that cannot be used, or none.
+    """
+    from mmfix_decoding import load_image
+
+    rows = files.read_rows(file)
+    found: list[Pair] = []
+    for index, row in enumerate(rows[: limit // 2]):
+        names, text, label = row.get("images"), row.get("text"), str(row.get("label", "")).strip().lower()
+        two = isinstance(names, list) and len(names) == 2 and all(isinstance(name, str) and name for name in names)
+        if not two or not isinstance(text, str) or not text.strip() or label not in ("yes", "no"):
+            raise DataError(
+                f"{rows.place(index)}: needs images (two file names), text, and label yes or no; correct that line"
+            )
+        pictures = [load_image(_inside(folder, name, rows.place(index))) for name in names]
+        found += [(pictures, text, label), (pictures[::-1], text, label)]
+    if not found:
+        raise DataError(f"{file}: holds no question, or --limit is below two pictures; give more")
+    return found
+
+
 def digest(asked: Sequence[Asked]) -> str:
     """Hash of decoded pictures, prompts and answers, in order."""
     total = hashlib.sha256()
@@ -157,10 +188,16 @@ def _own_questions(folder: Path, file: Path, limit: int) -> list[Asked]:
         values = [row.get(name) for name in ("image", "text", "label")]
         if not all(isinstance(value, str) and value.strip() for value in values):
             raise DataError(f"{rows.place(index)}: needs image, text and label as text; correct that line")
-        path = folder / str(values[0])
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise DataError(f"{rows.place(index)}: the picture {values[0]!r} lies outside {folder}; correct that line")
+        path = _inside(folder, str(values[0]), rows.place(index))
         found.append(Asked(load_image(path), str(values[1]), str(values[2]).strip().lower()))
     if not found:
         raise DataError(f"{file}: holds no question; give another file")
     return found
+
+
+def _inside(folder: Path, name: str, place: str) -> Path:
+    """A picture of a folder, and of no other."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{place}: the picture {name!r} lies outside {folder}; correct that line")
+    return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import mmfix
 from mmfix import calibration
@@ -104,6 +105,28 @@ def test_sofa_chooses_by_accuracy_and_tells_consistency(call: Call, bundled: Dec
     assert found["scores"][0]["consistency"] == pytest.approx(sum(same) / len(same))
     right = [word == one.target["label"] for word, one in zip(said, documents, strict=True)]
     assert found["scores"][0]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_sofa_on_the_users_own_pairs(call: Call, tmp_path: Path) -> None:
+    for n in range(3):
+        Image.new("RGB", (96, 96), (80 * n, 200, 90)).save(tmp_path / f"{n}.png")
+    file = tmp_path / "pairs.jsonl"
+    row = {"images": ["0.png", "2.png"], "text": "Is there a dog in any picture?", "label": "No"}
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "images": ["1.png", "0.png"]}))
+    words = ["calibrate", "sofa", "--images", tmp_path, "--questions", file, "--step", 1, "--quiet"]
+    code, printed, errors = call(*words, "--json")
+    assert (code, errors) == (0, "")
+    found = json.loads(printed)
+    assert (found["data"], [one["pairs"] for one in found["scores"]]) == ("own pictures", [2, 2])
+    assert found["scores"][1]["fired"] > 0  # the pictures touch, and are told apart by their number of tokens
+    asked = headdata.pair_questions(tmp_path, file, 64)
+    assert [[one.getpixel((0, 0))[0] for one in pictures] for pictures, _, _ in asked] == [  # type: ignore[index]
+        [0, 160], [160, 0], [80, 0], [0, 80]]  # fmt: skip
+    assert call(*words[:4])[0] == 2
+    for wrong in ({"images": ["0.png"]}, {"label": "maybe"}, {"images": ["0.png", "../1.png"]}):
+        file.write_text(json.dumps({**row, **wrong}))
+        code, _, errors = call(*words)
+        assert (code, "line 1" in errors) == (1, True)
 
 
 def test_ties_go_to_the_consistent_and_then_to_the_small(bundled: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

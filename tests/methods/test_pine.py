@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import mmfix
 from mmfix.errors import ConflictError, MethodError, MmfixError
+from mmfix.methods import PINE
 
 STEPS = 3
 N = vlm.IMAGE_TOKENS
@@ -57,7 +60,7 @@ def importances(q: Tensor, k: Tensor, own: int | None, bounds: list[tuple[int, i
     return [float(weights[start:stop].mean()) for start, stop in bounds]
 
 
-def expected(model: Any, ids: list[int], pictures: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+def expected(model: Any, ids: list[int], pictures: Tensor | None, bounds: list[tuple[int, int]]) -> Tensor:
     """Logits [V] of the last token of one prompt."""
 
     def forward(self: Any, hidden_states: Tensor, position_embeddings: Any, **_: Any) -> Any:
@@ -145,6 +148,51 @@ def test_permutations_give_the_same_answer(grouped: Any, options: dict[str, Any]
     first = len(found[0].logits[0]) // 4
     assert (out.logits[0] - plain.logits[0])[: 2 * first].abs().amax(-1).min() > 1e-2
     torch.testing.assert_close(out.logits[0][2 * first :], plain.logits[0][2 * first :], atol=1e-4, rtol=0)
+
+
+DOCUMENTS = [[31, 32, 33, 34], [35, 36], [37, 38, 39]]
+SEPARATOR = [61, 62]
+
+
+def documents(order: Sequence[int], head: list[int], tail: list[int]) -> list[int]:
+    return [*head, *(n for one in order for n in [*SEPARATOR, *DOCUMENTS[one]]), *SEPARATOR, *tail]
+
+
+def test_documents_are_segments_and_their_order_is_none(shallow: Any) -> None:
+    """With pictures in the prefix and without; as the definition has it, and the same for every permutation."""
+    method = PINE(separator=tuple(SEPARATOR))
+    ids = documents(range(3), HEAD, TAIL)
+    starts = [len(HEAD), len(HEAD) + 6, len(HEAD) + 10, len(HEAD) + 15]
+    with mmfix.mitigate(shallow, method) as fix:
+        got = vlm.logits(shallow, vlm.batch([ids]))[0, -1]
+        assert fix.report().fired["pine"].fired > 0
+    want = expected(shallow, ids, None, list(itertools.pairwise(starts)))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    found, plain = [], []
+    for order in itertools.permutations(range(3)):
+        rows = [documents(order, HEAD, TAIL), documents(order, [*TWO[:-2], 8], [5, 6])]
+        inputs = vlm.batch(rows, vlm.picture(0, 2))
+        plain.append(vlm.logits(shallow, inputs)[:, -1])
+        with mmfix.mitigate(shallow, method):
+            found.append(vlm.greedy(shallow, inputs, 2))
+    for out in found[1:]:
+        assert torch.equal(out.sequences[:, -2:], found[0].sequences[:, -2:])
+        torch.testing.assert_close(out.logits[1], found[0].logits[1], atol=1e-4, rtol=0)
+    assert min(float((one - plain[0]).abs().amax(-1).min()) for one in plain[1:]) > 1e-3
+
+
+def test_a_separator_is_text_or_ids(llava: Any) -> None:
+    family = dataclasses.replace(mmfix.describe(llava), encode=lambda text: [len(text), 7])
+    assert PINE(separator="###").prepare(family).separator == (3, 7)
+    with pytest.raises(MethodError, match="pass processor="), mmfix.mitigate(llava, PINE(separator="###")):
+        pass
+    with pytest.raises(MethodError, match="is empty"):
+        PINE(separator=())
+    embeds = llava.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
+    with mmfix.mitigate(llava, PINE(separator=(5,))) as fix:
+        fix.image_mask = torch.zeros(1, 3, dtype=torch.bool)
+        with pytest.raises(MmfixError, match="pass input_ids"):
+            llava(inputs_embeds=embeds)
 
 
 def test_the_plain_model_does_depend_on_the_order(llava: Any) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 import mmfix
 from mmfix.errors import MethodError, MmfixError
 from mmfix.methods import SoFA
+from mmfix.methods.frame_block import tokens_per_picture
+from mmfix.methods.sofa import OtherImage
+from mmfix.segments import build
 
 STEPS = 3
 ROWS = [
@@ -28,6 +31,22 @@ def images(ids: list[int]) -> list[int]:
         number += token == vlm.IMAGE_ID and (n == 0 or ids[n - 1] != vlm.IMAGE_ID)
         found.append(number if token == vlm.IMAGE_ID else -1)
     return found
+
+
+def test_images_that_touch_are_told_apart_by_their_length(llava: Any) -> None:
+    """As with a token between them, where the model says how many tokens an image has."""
+    n = vlm.IMAGE_TOKENS
+    image = torch.tensor([[False] + [True] * (2 * n) + [False] * 2])
+    segments = build(None, image, torch.ones_like(image), None)
+    pairs = OtherImage(n)(segments, slice(0, 2 * n + 3))[0]
+    first, second = slice(1, n + 1), slice(n + 1, 2 * n + 1)
+    assert pairs[first, second].all()
+    assert pairs[second, first].all()
+    assert pairs.sum() == 2 * n * n
+    assert not OtherImage(None)(segments, slice(0, 2 * n + 3)).any()
+    assert SoFA().prepare(mmfix.describe(llava)).tokens == tokens_per_picture(mmfix.describe(llava))
+    with pytest.raises(MethodError, match=r"sofa\.tokens=0"):
+        SoFA(tokens=0)
 
 
 def later_images(inputs: dict[str, Any]) -> Tensor:

@@ -76,7 +76,13 @@ def act_command(
 @app.command("sofa", epilog="Example: mmfix calibrate sofa --model tiny --limit 64 --step 0.1")
 def sofa_command(
     model: Annotated[str, MODEL] = "tiny",
-    limit: Annotated[int, typer.Option(help="Pictures of TinyWorld's dev split; two make a pair.")] = 64,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures, with --questions; default: TinyWorld's dev split.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSON Lines with images (two files), text and label (yes or no) about --images.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Pictures; two make a pair.")] = 64,
     step: Annotated[float, typer.Option(help="Distance of the values of sigma that are tried, 0 to 1.")] = 0.1,
     layers: Annotated[str, typer.Option(help="SoFA's layers: even, odd or all.")] = "even",
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
@@ -93,16 +99,19 @@ def sofa_command(
     _check(limit=limit // 2, batch_size=batch_size)
     if not 0.01 <= step <= 1.0:
         raise UsageError(f"--step {step:g}: give a number from 0.01 to 1")
+    if (images is None) != (questions is None):
+        raise UsageError("--images and --questions go together: give both, or neither for TinyWorld's dev split")
     import mmfix
     from mmfix import calibration
-    from mmfix_evals import calibrating
+    from mmfix_evals import calibrating, headdata
 
+    own = None if images is None or questions is None else headdata.pair_questions(images, questions, limit)
     mmfix.method("sofa", layers=layers)
     sigmas = calibrating.grid(step)
     decoder = _decoder(model, device, dtype)
     with _reporter(quiet) as reporter:
         reporter.start("calibrate sofa", len(sigmas), 0)
-        found = calibrating.sofa(decoder, limit, sigmas, layers, reporter.advance, batch_size)
+        found = calibrating.sofa(decoder, limit, sigmas, layers, reporter.advance, batch_size, own)
     path = calibration.keep(decoder.model, "sofa", found.values, found.record, save_to)
     if as_json:
         _print({"values": found.values, **found.record, "file": str(path)})
@@ -113,8 +122,7 @@ def sofa_command(
         typer.echo(f"{row['sigma']:5.2f}  {row['accuracy']:8.3f}  {row['consistency']:.3f}{mark}")
     typer.echo(f"{found.record['scores'][0]['pairs']} questions in two orders, {found.record['data']}")
     if not any(row["fired"] for row in found.record["scores"]):
-        typer.echo("sofa never fired: these prompts have no token between two pictures, which then count as one,")
-        typer.echo("so that sigma says nothing here.")
+        typer.echo("sofa never fired: in these prompts two pictures cannot be told apart, so that sigma says nothing.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix eval run --model {model} --methods greedy,sofa --tasks tinyworld-position")
 
