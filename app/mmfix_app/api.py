@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,8 @@ class Api:
                 api_visibility=seen, concurrency_id=queue,
             )  # fmt: skip
         gr.api(self.methods, api_name="methods", api_visibility=seen, queue=False)
-        gr.api(self.describe_image, api_name="describe_image", concurrency_id=queue)
+        described = self.describe_image_as_text if mcp else self.describe_image
+        gr.api(described, api_name="describe_image", concurrency_id=queue)
 
     def compare(
         self, image: str | None, prompt: str, method: str, params: dict[str, Any] | None,
@@ -70,6 +72,16 @@ class Api:
         asked = _told(lambda: self._request(picture, prompt, method, None, None))
         return _content(list(self.service.run(asked))[-1])
 
+    def describe_image_as_text(
+        self, image: str, prompt: str = "Please describe this image in detail.", method: str = "vhr"
+    ) -> str:
+        return json.dumps(self.describe_image(image, prompt, method), ensure_ascii=False)
+
+    # MCP calls a tool as its function is called, and shows its description. gradio hands an object over as Python
+    # prints it, so a text of JSON is given here.
+    describe_image_as_text.__name__ = describe_image.__name__
+    describe_image_as_text.__doc__ = describe_image.__doc__
+
     def _request(
         self, image: Any, prompt: str, method: str, params: dict[str, Any] | None, decoding: dict[str, Any] | None
     ) -> Request:
@@ -101,7 +113,7 @@ def _content(run: Run) -> dict[str, Any]:
             name: {
                 "text": run.text(name),
                 "tokens": [token.text for token in run.side(name)],
-                "image_mass": [token.share for token in run.side(name)],
+                "image_mass": [round(token.share, 4) for token in run.side(name)],
                 "objects": objects.by_verdict(run.text(name), contents),
             }
             for name in ("plain", "method")

@@ -98,6 +98,10 @@ def line(
     return frame(title, x, y, x_label, y_label, body, said)
 
 
+LONGEST_NAME, LETTER = 24, 6.3
+"""Letters of a name beside a dot, and about how wide one is."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A named point with an interval in y."""
@@ -115,18 +119,43 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> 
     x = axis([p.x for p in points], LEFT, WIDTH - RIGHT - 40, 0.15)
     ends = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     y = axis(ends, HEIGHT - BOTTOM, TOP)
-    body, taken = "", []
-    for p in sorted(points, key=lambda p: p.y):
+    dots = [(x(p.x), y(p.y)) for p in points]
+    middle = sorted(p.y for p in points)[len(points) // 2]
+    body, names, taken = "", "", list[tuple[float, float, float]]()
+    # What stands apart is named first; a name that finds no room is left to the dot's tooltip.
+    for p, (left, level) in sorted(zip(points, dots, strict=True), key=lambda one: _rank(one[0], middle)):
         kind = "dot first" if p.baseline else "dot"
         if p.low is not None and p.high is not None:
-            body += f'<line class="ci" x1="{x(p.x):.1f}" x2="{x(p.x):.1f}" y1="{y(p.low):.1f}" y2="{y(p.high):.1f}"/>'
-        at = y(p.y) + 4
-        while any(abs(at - other) < 12 and abs(x(p.x) - place) < 90 for place, other in taken):
-            at -= 12  # names of points that lie together stand above one another
-        taken.append((x(p.x), at))
-        body += (
-            f'<circle class="{kind}" cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5"><title>{esc(p.name)}</title></circle>'
-            f'<text class="name" x="{x(p.x) + 8:.1f}" y="{at:.1f}">{esc(p.name)}</text>'
-        )
+            body += f'<line class="ci" x1="{left:.1f}" x2="{left:.1f}" y1="{y(p.low):.1f}" y2="{y(p.high):.1f}"/>'
+        body += f'<circle class="{kind}" cx="{left:.1f}" cy="{level:.1f}" r="4.5"><title>{esc(p.name)}</title></circle>'
+        short = p.name if len(p.name) <= LONGEST_NAME else p.name[: LONGEST_NAME - 1] + "…"
+        place = _free(left, level, len(short) * LETTER, taken, [d for d in dots if d != (left, level)])
+        if p.baseline and place is None:
+            place = (left + 8, level + 4)  # what all others are seen against has its name, whatever it covers
+        if place is not None:
+            taken.append((*place, len(short) * LETTER))
+            names += f'<text class="name" x="{place[0]:.1f}" y="{place[1]:.1f}">{esc(short)}</text>'
+    if len(taken) < len(points):
+        told = f"{len(taken)} of {len(points)} named; point at a dot for its name"
+        names += f'<text class="num" x="{WIDTH - RIGHT}" y="{TOP - 2}" text-anchor="end">{told}</text>'
+    body += names
     said = f"{title}: " + "; ".join(f"{p.name} {number(round(p.y, 2))} at {number(round(p.x, 2))}" for p in points)
     return frame(title, x, y, x_label, y_label, body, said)
+
+
+def _rank(point: Point, middle: float) -> tuple[bool, float]:
+    return not point.baseline, -abs(point.y - middle)
+
+
+def _free(
+    left: float, level: float, width: float, names: Sequence[tuple[float, float, float]],
+    dots: Sequence[tuple[float, float]],
+) -> tuple[float, float] | None:  # fmt: skip
+    """Where a name beside a dot covers no other name and no other dot, as the start of its base line; or None."""
+    for start in (left + 8, left - 8 - width):
+        for at in (level + 4, level - 6, level + 14):
+            inside = start >= LEFT and start + width <= WIDTH - 4 and at - 8 >= TOP and at <= HEIGHT - BOTTOM
+            apart = all(abs(at - b) >= 12 or start > a + w or a > start + width for a, b, w in names)
+            if inside and apart and not any(start - 5 < a < start + width + 5 and -6 < at - b < 15 for a, b in dots):
+                return start, at
+    return None

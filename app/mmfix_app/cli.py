@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mmfix_app.limits import Limits
+
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
@@ -42,17 +44,20 @@ def private(folder: Path) -> None:
 def launch(
     model: str = "tiny", host: str = "127.0.0.1", port: int | None = None, *, share: bool = False, mcp: bool = False,
     runs: list[Path] | None = None, device: str = "auto", dtype: str = "auto", block: bool = True, quiet: bool = False,
+    limits: Limits | None = None,
 ) -> tuple[Any, str]:  # fmt: skip
     """Load the model and serve the app; the running app and its address.
 
     Raises:
         MmfixError: the model cannot be served.
+        MissingDependency: `mcp`, and the package of that name is absent or unfit.
     """
-    from mmfix_app.limits import Limits
+    if mcp:
+        need_mcp()  # before the model is loaded
     from mmfix_app.service import Service
     from mmfix_decoding import Decoder
 
-    limits = Limits()
+    limits = limits or Limits()
     service = Service(Decoder.from_pretrained(model, device=device, dtype=dtype), limits)
     folder = Path(tempfile.mkdtemp(prefix="mmfix-app-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -74,24 +79,27 @@ def launch(
     return demo, address
 
 
-def _mcp() -> bool:
-    """Whether the MCP package is installed in the version that gradio 6 is written for."""
+def need_mcp() -> None:
+    """Refuse where the MCP package is absent or of a version that gradio 6 is not written for."""
+    from mmfix_evals.errors import MissingDependency
+
+    install = "run, in an environment of its own: pip install 'gradio[mcp]'"
     try:
-        return metadata.version("mcp").startswith("1.")
+        found = metadata.version("mcp")
     except metadata.PackageNotFoundError:
-        return False
+        raise MissingDependency(f"--mcp needs the package mcp, which is not installed; {install}") from None
+    if not found.startswith("1."):
+        raise MissingDependency(f"--mcp needs mcp 1, and mcp {found} is installed; {install}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 stopped by the user, 1 the work failed, 2 wrong usage."""
     given = parser().parse_args(argv)
     from mmfix.errors import MmfixError, UsageError
+    from mmfix_evals.errors import MissingDependency
 
     if importlib.util.find_spec("gradio") is None:
         print("mmfix-app: gradio is not installed; run: pip install 'mmfix[app]'", file=sys.stderr)
-        return 1
-    if given.mcp and not _mcp():
-        print("mmfix-app: --mcp needs the mcp package of gradio; run: pip install 'gradio[mcp]'", file=sys.stderr)
         return 1
     try:
         launch(
@@ -101,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"mmfix-app: {error}", file=sys.stderr)
         return 2
-    except (MmfixError, OSError) as error:
+    except (MmfixError, MissingDependency, OSError) as error:
         print(f"mmfix-app: {error}", file=sys.stderr)
         return 1
     return 0

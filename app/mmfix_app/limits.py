@@ -17,7 +17,8 @@ class Limits:
         seconds: time that one run may hold the model.
         waiting: visitors in the queue before the app says it is full.
         sweep_points: values of one sweep.
-        keep_seconds: age at which temporary files are removed; how often is looked.
+        keep_seconds: age at which temporary files are removed; longer than the longest wait in the queue.
+        look_seconds: how often is looked for them.
     """
 
     upload_bytes: int = 10 * 1024 * 1024
@@ -27,7 +28,8 @@ class Limits:
     seconds: float = 60.0
     waiting: int = 24
     sweep_points: int = 21
-    keep_seconds: int = 600
+    keep_seconds: int = 1800
+    look_seconds: int = 60
 
 
 FORMATS = ("PNG", "JPEG", "WEBP")

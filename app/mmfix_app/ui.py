@@ -17,7 +17,8 @@ from mmfix_app.widgets import QUEUE, html, picture_input, script
 
 def build(service: Service, model_id: str, run_folders: list[Path], *, mcp: bool = False) -> gr.Blocks:
     """The whole app."""
-    with gr.Blocks(title="mmfix", analytics_enabled=False, delete_cache=(60, service.limits.keep_seconds)) as demo:
+    cache = (service.limits.look_seconds, service.limits.keep_seconds)
+    with gr.Blocks(title="mmfix", analytics_enabled=False, delete_cache=cache) as demo:
         html(_header(model_id), js_on_load=script("header"))
         jobs = Jobs()
         compare = CompareTab(service, model_id, jobs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mmfix_app.limits import Limits
 from mmfix_app.service import Service
 from mmfix_decoding import Decoder
 
@@ -18,9 +20,9 @@ def service() -> Service:
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[tuple[Any, str]]:
-    """The running app and its address."""
+    """The running app, which looks every second for files that are too old, and its address."""
     from mmfix_app.cli import launch
 
-    demo, address = launch(block=False, quiet=True, device="cpu")
+    demo, address = launch(block=False, quiet=True, device="cpu", limits=replace(Limits(), look_seconds=1))
     yield demo, address
     demo.close(verbose=False)

@@ -211,6 +211,10 @@ def test_phone_width_has_no_sideways_scroll(chrome: Any, served: tuple[Any, str]
     assert one.page.evaluate("document.documentElement.scrollWidth") <= 375
     assert one.page.evaluate("document.body.classList.contains('dark')")
     assert one.page.locator("img:not([alt])").count() == 0
+    one.page.locator(".overflow-menu button").first.click()
+    one.page.locator(".overflow-dropdown button", has_text="Leaderboard").click()
+    one.page.locator(".board table").wait_for()
+    assert one.page.evaluate("document.documentElement.scrollWidth") <= 375  # the table scrolls, the page does not
     one.page.locator(".theme").click()
     assert not one.page.evaluate("document.body.classList.contains('dark')")
     one.page.context.close()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,3 +342,21 @@ def test_axes_are_never_empty() -> None:
     said = charts.line("T <x>", [0, 1], [1, 2], "p", "q", 1.5, None)
     assert "T &lt;x&gt;" in said
     assert 'role="img"' in said
+
+
+def test_names_of_many_points_cover_neither_one_another_nor_a_dot() -> None:
+    points = [charts.Point(f"method-number-{n}", 1 + 0.01 * (n % 7), 30 + 0.2 * n, 29, 40, n == 20) for n in range(40)]
+    page = charts.scatter("t", points, "x", "y")
+    found = re.findall(r'class="name" x="([\d.]+)" y="([\d.]+)">([^<]+)<', page)
+    assert 2 <= len(found) < 40
+    assert "method-number-20" in {name for _, _, name in found}  # the baseline is named first
+    assert f"{len(found)} of 40 named" in page
+    assert page.count("<title>method-number-") == 40
+    boxes = [(float(a), float(b), float(a) + charts.LETTER * len(name)) for a, b, name in found]
+    for i, (start, level, end) in enumerate(boxes):
+        assert charts.LEFT <= start < end <= charts.WIDTH
+        assert charts.TOP <= level <= charts.HEIGHT
+        assert not any(abs(level - b) < 12 and start < c and a < end for a, b, c in boxes[:i])
+    few = charts.scatter("t", [charts.Point("a", 1, 1, None, None), charts.Point("b", 2, 2, None, None)], "x", "y")
+    assert few.count('class="name"') == 2
+    assert "named;" not in few

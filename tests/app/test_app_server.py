@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import os
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gradio.route_utils
 import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
 from mmfix_app import cli, gallery, ui
+from mmfix_app.limits import Limits
 from mmfix_app.service import Decoding, Service
 
 pytestmark = pytest.mark.xdist_group("app")
@@ -112,13 +119,107 @@ def test_the_page_asks_nobody_else(served: tuple[Any, str]) -> None:
 def test_files_are_private_and_removed(served: tuple[Any, str]) -> None:
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert folder.stat().st_mode & 0o077 == 0
-    assert served[0].delete_cache == (60, 600)
+    limits = Limits()
+    assert served[0].delete_cache == (1, limits.keep_seconds)
+    assert (limits.look_seconds, limits.keep_seconds) == (60, 1800)
+    assert limits.keep_seconds > limits.waiting * limits.seconds  # no picture goes while its run waits in the queue
     assert {p.parent.name for p in folder.rglob("*.png")} >= {"gallery"}
+
+
+class Later(datetime):
+    """The time at which what is uploaded now has come of age."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + timedelta(seconds=Limits().keep_seconds + 1)
+
+
+def test_an_uploaded_picture_is_gone_after_its_time(
+    served: tuple[Any, str], client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    before = set(folder.rglob("*.png"))
+    path = tmp_path / "mine.png"
+    SCENE.image.save(path)
+    asked = (handle_file(str(path)), PROMPT, "vhr", None, {"max_new_tokens": 1})
+    assert client.predict(*asked, api_name="/compare")["answers"]
+    uploaded = set(folder.rglob("*.png")) - before
+    assert {found.name for found in uploaded} == {"mine.png"}
+    with monkeypatch.context() as clock:
+        clock.setattr(gradio.route_utils, "datetime", Later)
+        assert wait(lambda: not any(found.exists() for found in uploaded))
+    scenes = {found for found in before if found.parent.name == "gallery"}
+    assert scenes
+    assert all(found.exists() for found in scenes)  # they are nobody's upload
+    assert client.predict(*asked, api_name="/compare")["answers"]
+    assert any(found.exists() for found in uploaded)  # a young file is left alone
+
+
+def wait(found: Callable[[], Any], seconds: float = 20) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return value
 
 
 def test_an_mcp_server_offers_describe_image_alone(service: Service) -> None:
     demo = ui.build(service, "tiny", [], mcp=True)
     assert [f.api_name for f in demo.fns.values() if f.api_visibility == "public"] == ["describe_image"]
+
+
+@pytest.mark.parametrize(("installed", "said"), [(None, "not installed"), ("2.0.1", "needs mcp 1, and mcp 2.0.1")])
+def test_mcp_without_its_package_is_one_line(
+    installed: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert cli.main(["--mcp", "--model", "./nowhere"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert line.endswith("pip install 'gradio[mcp]'")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mcp"), reason="mcp not installed; see docs/demo.md")
+def test_an_mcp_client_describes_a_picture(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
+    demo, address = cli.launch(block=False, quiet=True, device="cpu", mcp=True)
+    buffer = io.BytesIO()
+    SCENE.image.save(buffer, "PNG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+
+    async def ask() -> tuple[Any, Any, Any, Any]:
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            good = await session.call_tool("describe_image", {"image": image, "method": "vhr"})
+            bad = await session.call_tool("describe_image", {"image": "http://127.0.0.1:1/a.png"})
+            none = await session.call_tool("describe_image", {"image": image, "method": "nonesuch"})
+            return tools, good, bad, none
+
+    try:
+        tools, good, bad, none = asyncio.run(ask())
+    finally:
+        demo.close(verbose=False)
+    assert [tool.name for tool in tools] == ["describe_image"]
+    assert tools[0].inputSchema["required"] == ["image"]
+    assert "training-free method" in tools[0].description
+    run = list(service.run(service.request(SCENE.image, PROMPT, "vhr", {}, Decoding())))[-1]
+    assert json.loads(good.content[0].text)["answers"]["method"]["text"] == run.text("method")
+    assert (bad.isError, none.isError) == (True, True)
+    assert "not valid base64" in bad.content[0].text
+    assert "'nonesuch' is not one of" in none.content[0].text
 
 
 def test_the_defaults_of_the_command_are_private() -> None:
