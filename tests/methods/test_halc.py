@@ -19,7 +19,7 @@ from mmfix.words import Word, ended
 from mmfix_decoding.options import Plan, refuse_unsettled
 
 SPEECH = Speech()
-STEPS = 7
+STEPS = 5
 Said = tuple[int, ...]
 asked: list[tuple[str, float]] = []
 
