@@ -78,18 +78,18 @@ def test_a_method_that_was_named_is_never_left_out() -> None:
 
 def test_the_control_of_a_search_is_beam_search_of_its_width(tmp_path: Path) -> None:
     decoder = Decoder.from_pretrained("tiny", device="cpu")
-    config = RunConfig("tiny", ("tinyworld-chair",), ("beam-4", "greedy"), tmp_path, limit=1, max_new_tokens=8)
+    config = RunConfig("tiny", ("tinyworld-chair",), ("beam-4", "greedy"), tmp_path, limit=4, max_new_tokens=12)
     (one,) = plan(config, {})
     arms = choose(config.methods, decoder)[0]
     worker = Worker.build(decoder, arms)
-    document = one.documents[0]
+    document = one.documents[3]
     picture = one.task.show(document)
     said = {}
     for arm in arms:
         lines, _ = ask(worker.decoders[arm.name], one, arm, [document])
         said[arm.name] = lines[0]["response"]
         width = 4 if arm.name == "beam-4" else 1
-        assert said[arm.name] == decoder.generate(picture, document.prompt, max_new_tokens=8, num_beams=width).text
+        assert said[arm.name] == decoder.generate(picture, document.prompt, max_new_tokens=12, num_beams=width).text
     assert said["beam-4"] != said["greedy"]
     assert one.key(arms[0], document) != one.key(resolve("beam-5", evaluated=True), document)
 

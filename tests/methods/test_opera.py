@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mmfix
 from mmfix import search, searching
+from mmfix.beams import Beams, Ending
 from mmfix.errors import ConflictError, MethodError, UnsupportedModel, UsageError
 from mmfix_decoding.options import Plan, refuse_unsettled
 
@@ -253,6 +254,66 @@ def test_nothing_overflows_or_vanishes_where_half_precision_does() -> None:
                 torch.tensor([[0.0, -1.0]]), torch.tensor([[0, 1]]), torch.stack([phi, phi / 2])[None], 1.0
             )
             assert mine.tolist() == [[-1e9, 0.0]]
+
+
+def test_the_window_is_that_many_newest_columns() -> None:
+    columns = torch.tensor([9.0, 5.0, 7.0, 6.0], dtype=torch.float64)
+    found = {window: [int(x) for x in search.trusted(columns, window)] for window in (1, 2, 3, 4, 9)}
+    assert found == {1: [6, 3], 2: [7, 2], 3: [7, 2], 4: [9, 0], 9: [9, 0]}
+
+
+def searcher(**rules: Any) -> search.Searcher:
+    """Two beams of six tokens; ``history[n]`` and ``choices[n]`` tell n apart."""
+    beams = Beams(prompt=torch.tensor([1]), tokens=torch.arange(12).view(2, 6), scores=torch.zeros(2))
+    found = search.Searcher(
+        search.OverTrust(**{"threshold": 1, "grace": 2, "window": 4, "candidates": 2, **rules}),
+        Ending(stopping=lambda ids: torch.zeros(len(ids), dtype=torch.bool)),
+        search.Trail(beams, torch.zeros(2, 6), torch.zeros(2, 0)),
+    )
+    found.history = [search.Trail(beams, torch.full((2, n), float(n)), torch.zeros(2, n)) for n in range(6)]
+    found.choices = [{((n,), n)} for n in range(6)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("places", "trusted", "rules", "kept"),
+    [
+        ([[3, 3, 0], [0, 3, 3]], 3, {}, 4),  # the state after the place
+        ([[3, 3, 0], [0, 3, 3]], 3, {"threshold": 2}, None),
+        ([[3, 3, 0], [0, 0, 3]], 3, {}, None),  # every beam must agree
+        ([[2, 2], [2, 2]], 2, {}, 3),  # the first that is not of the grace
+        ([[1, 1], [1, 1]], 1, {}, None),
+        ([[2, 2], [2, 2]], 2, {"window": 3}, 3),  # three tokens are taken back
+        ([[2, 2], [2, 2]], 2, {"window": 2}, None),
+        ([[5, 5], [5, 5]], 5, {}, 5),  # the newest place: one earlier, since nothing follows it
+        ([[3, 3], [3, 3]], 3, {"rollback": False}, None),
+    ],
+)
+def test_where_it_goes_back_to(places: list[list[int]], trusted: int, rules: dict[str, Any], kept: int | None) -> None:
+    assert searcher(**rules)._way_back(torch.tensor(places), trusted) == kept
+
+
+def test_a_place_is_returned_to_so_often_and_then_the_one_before() -> None:
+    one = searcher()
+    twice = torch.full((2, 2), 3)
+    assert [one._way_back(twice, 3), one._return_to(4), one.attempts[4], one.attempts[3]] == [4, None, 1, 0]
+    assert one.again
+    assert one.rejected == {((4,), 4)}
+    assert (len(one.history), len(one.choices)) == (4, 4)  # of the tokens that stay, and to be made anew
+    assert one.trail.columns.tolist() == torch.full((2, 4), 4.0).tolist()
+    one.attempts[4] = 2
+    assert one._way_back(twice, 3) == 3
+    one.attempts[3] = 2
+    assert one._way_back(twice, 3) is None
+
+
+def test_what_was_chosen_is_ruled_out_after_the_same_words_only() -> None:
+    one = searcher()
+    one.rejected = {(tuple(range(6)), 7), (tuple(range(6)), 2), ((9,), 5)}
+    left = one._without_rejected(torch.zeros(2, 10).log_softmax(-1))
+    assert left[0].isneginf().nonzero().flatten().tolist() == [2, 7]
+    assert left[0].exp().sum() == pytest.approx(1.0)
+    assert left[1].isfinite().all()
 
 
 def test_other_ways_of_decoding_are_refused(llava: Any) -> None:
