@@ -131,7 +131,8 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str) -> 
         short = p.name if len(p.name) <= LONGEST_NAME else p.name[: LONGEST_NAME - 1] + "…"
         place = _free(left, level, len(short) * LETTER, taken, [d for d in dots if d != (left, level)])
         if p.baseline and place is None:
-            place = (left + 8, level + 4)  # what all others are seen against has its name, whatever it covers
+            width = len(short) * LETTER  # what all others are seen against has its name, whatever it covers
+            place = (left + 8 if left + 8 + width < WIDTH else left - 8 - width, level + 4)
         if place is not None:
             taken.append((*place, len(short) * LETTER))
             names += f'<text class="name" x="{place[0]:.1f}" y="{place[1]:.1f}">{esc(short)}</text>'

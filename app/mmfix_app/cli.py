@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         print("mmfix-app: gradio is not installed; run: pip install 'mmfix[app]'", file=sys.stderr)
         return 1
     try:
+        if given.port is not None and not 1 <= given.port <= 65535:
+            raise UsageError(f"--port {given.port}: give a number from 1 to 65535")
         launch(
             given.model, given.host, given.port, share=given.share, mcp=given.mcp, runs=given.runs,
             device=given.device, dtype=given.dtype,

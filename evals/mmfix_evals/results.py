@@ -112,11 +112,15 @@ def read(folder: Path) -> Results:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder. Make one with `mmfix eval run --out {folder}`")
     if not path.is_file():
+        if (folder / samples.NAME).is_file():
+            raise DataError(f"{path}: missing: this run has not ended. Run the same command again to finish it")
         raise DataError(f"{path}: missing. Is {folder} the folder of `mmfix eval run`?")
     found = files.read_json(path)
     version = found.get("schema_version") if isinstance(found, dict) else None
     if version != SCHEMA_VERSION:
-        raise DataError(f"{path}: schema version {version!r}, but this mmfix reads {SCHEMA_VERSION}. Run it again")
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "A newer mmfix wrote it: update this one" if newer else "Run it again"
+        raise DataError(f"{path}: schema version {version!r}, but this mmfix reads {SCHEMA_VERSION}. {advice}")
     return dict(found)
 
 

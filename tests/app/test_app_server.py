@@ -232,6 +232,11 @@ def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.startswith("mmfix-app: cannot load model './nowhere'")
 
 
+def test_a_port_that_is_none_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--port", "70000", "--model", "./nowhere"]) == 2
+    assert capsys.readouterr().err == "mmfix-app: --port 70000: give a number from 1 to 65535\n"
+
+
 def test_an_image_of_the_wrong_kind_through_the_api(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "a.gif"
     Image.new("RGB", (4, 4)).save(path)

@@ -111,13 +111,19 @@ def test_other_wrong_use_exits_2(call: Call, tmp_path: Path) -> None:
     refused(call("eval", "score", "pope"), 2, "--questions", "mmfix eval score pope --help")
     refused(call("eval", "report", tmp_path, "--format", "pdf"), 2, "unknown format 'pdf'")
     refused(call("frobnicate"), 2, "frobnicate", "mmfix --help")
+    refused(call("serve", "--port", "65536"), 2, "--port 65536", "from 1 to 65535")
 
 
 def test_failed_work_exits_1(call: Call, tmp_path: Path) -> None:
     refused(call("eval", "compare", tmp_path / "none"), 1, "no such run folder", "mmfix eval run")
     refused(call("eval", "report", tmp_path), 1, "results.json: missing")
     (tmp_path / "results.json").write_text('{"schema_version": 99}')
-    refused(call("eval", "report", tmp_path), 1, "schema version 99")
+    refused(call("eval", "report", tmp_path), 1, "schema version 99", "newer mmfix")
+    (tmp_path / "results.json").write_text('{"schema_version": 0}')
+    refused(call("eval", "report", tmp_path), 1, "schema version 0", "Run it again")
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "samples.jsonl").write_text("")
+    refused(call("eval", "report", tmp_path), 1, "has not ended", "same command again")
     (tmp_path / "file").write_text("")
     refused(call(*RUN, "--out", tmp_path / "file", "--quiet"), 1, str(tmp_path / "file"), "choose another path")
 

@@ -86,6 +86,14 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(path.parent) == ["a.txt"]
 
 
+def test_a_file_that_cannot_be_written_is_named_as_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", Path("/proc/report.html")):
+        with pytest.raises(OSError) as caught:  # noqa: PT011  (which one depends on the system)
+            files.write_text_atomic(path, "text")
+        assert caught.value.filename == str(path)
+
+
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.cache_dir() == tmp_path / "mmfix"

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from mmfix_evals import report
 from mmfix_evals.cli.app import app
+from mmfix_evals.compare import Comparison
 from mmfix_evals.errors import DataError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
-from mmfix_evals.report import measures
+from mmfix_evals.report import measures, plots
 from mmfix_evals.report.browser import groups, marked
-from mmfix_evals.report.latex import escape
+from mmfix_evals.report.latex import differences, escape
 from mmfix_evals.run import run
 
 pytestmark = pytest.mark.usefixtures("fake_tasks")
@@ -207,12 +208,60 @@ def test_latex_holds_the_same_values(folder: Path) -> None:
         if entry["metric"] == "accuracy":
             low, value, high = (f"{100 * entry[name]:.1f}" for name in ("ci_low", "value", "ci_high"))
             assert rf"{value} {{\scriptsize [{low}, {high}]}}" in text
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 5
+    places = {(entry["task"], entry["split"]) for entry in results["comparisons"]}
+    matched = {(entry["task"], entry["split"]) for entry in results["length_matched"]}
+    assert places
+    tables = 5 + len(places) + len(matched)
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == tables
+    for entry in results["comparisons"]:
+        if entry["metric"] == "accuracy":
+            cells = tuple(f"{100 * entry[name]:+.1f}" for name in ("difference", "ci_low", "ci_high"))
+            shown = tuple(cell.replace("+0.0", "0.0").replace("-0.0", "0.0") for cell in cells)
+            assert f"accuracy & {entry['method']} & {shown[0]} & [{shown[1]}, {shown[2]}] & " in text
     assert r"\textless{}b\textgreater{}model" in text
     for line in text.splitlines():
         if line.endswith(r"\\"):
             columns = text[: text.index(line)].rpartition(r"\begin{tabular}{")[2].split("}")[0]
             assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+
+
+def test_a_comparison_is_printed_as_latex(folder: Path) -> None:
+    def printed(*words: str) -> str:
+        done = CliRunner().invoke(app, ["eval", "compare", str(folder), "--latex", *words], catch_exceptions=False)
+        return str(done.stdout)
+
+    whole = printed()
+    assert whole.startswith(r"\begin{table}")
+    assert r"only base & only method & McNemar p \\" in whole
+    assert whole.strip() in report.latex(report.read([folder]))
+
+
+def test_captions_of_equal_length_are_a_latex_table() -> None:
+    entry = {
+        "task": "tinyworld-chair", "split": "test", "metric": "chair_i", "method": "a_b", "baseline": "greedy", "n": 9,
+        "value": 0.25, "baseline_value": 0.5, "difference": -0.25, "ci_low": -0.5, "ci_high": -0.125, "p": 0.01,
+        "p_holm": 0.02, "uncut_difference": -0.125, "n_cut": 3, "baseline_n_cut": 4, "n_images": 9,
+    }  # fmt: skip
+    text = differences(Comparison([entry], matched=True))
+    assert r"chair\_i & a\_b & 50.0 & 25.0 & -25.0 & [-50.0, -12.5] & 0.010 & 0.020 & -12.5 \\" in text
+    assert r"\begin{tabular}{llrrrrrrr}" in text
+    assert "Captions of equal length: " in text
+    assert r"Cut, of 9 captions: a\_b 3 (its baseline 4)" in text
+
+
+def test_a_legend_of_many_methods_takes_no_room_from_the_plot() -> None:
+    def drawn(methods: int) -> tuple[float, str]:
+        figure, (axis,) = plots._figure(1)
+        for n in range(methods):
+            look = plots.COLOURS[n % len(plots.COLOURS)]
+            plots._point(axis, look, f"method:with=a-long-parameter-{n}", (1 + n, None, None), (n, None, None))
+        text = plots._svg(figure)
+        figure.draw_without_rendering()
+        return axis.get_window_extent().height, text
+
+    few, many = drawn(4), drawn(40)
+    assert many[0] >= 0.8 * few[0]
+    assert many[1].count("method:with=a-long-parame…") == 40
 
 
 def test_the_model_index_is_what_the_hub_reads(folder: Path) -> None:

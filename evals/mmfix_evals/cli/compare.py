@@ -36,6 +36,7 @@ def compare_command(
         int | None, typer.Option(help=f"Bootstrap resamples; default: the run's ({RESAMPLES}).")
     ] = None,
     every_metric: All = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX tables (booktabs).")] = False,
     as_json: JSON = False,
 ) -> None:
     """Differences with paired intervals, exact McNemar tests and Holm's correction.
@@ -67,6 +68,11 @@ def compare_command(
         typer.echo(f"mmfix: warning: {warning}", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        return
+    if as_latex:
+        from mmfix_evals.report.latex import differences
+
+        typer.echo(differences(found, every_metric))
         return
     console = tables.console_for(typer.get_text_stream("stdout"))
     if match_length:

@@ -50,9 +50,10 @@ def serve_command(
     _require()
     from mmfix_evals.arms import split_methods
     from mmfix_evals.serve.catalogue import Catalogue
-    from mmfix_evals.serve.settings import Settings, check_exposure, is_loopback, read_api_key
+    from mmfix_evals.serve.settings import Settings, check_exposure, check_port, is_loopback, read_api_key
 
     key = read_api_key(api_key_env)
+    check_port(port)
     check_exposure(host, key, allow_anyone)
     settings = Settings(
         name=name or _served_name(model),

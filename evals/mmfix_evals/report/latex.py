@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmfix_evals import tables, tasks
+from mmfix_evals import compare_table, length_table, tables, tasks
+from mmfix_evals.compare import Comparison
 from mmfix_evals.report.source import Reported
 from mmfix_evals.scoring import MACRO
 
@@ -30,11 +31,17 @@ def escape(text: str) -> str:
 
 
 def latex(runs: Sequence[Reported]) -> str:
-    """``tabular`` environments with booktabs rules, each with a caption that says what was measured."""
+    """``tabular`` environments with booktabs rules, each with a caption that says what was measured.
+
+    After the values of a run stand its differences to the baseline and, for captions, those at equal length.
+    """
     parts = ["% needs \\usepackage{booktabs}"]
     for run in runs:
         places = dict.fromkeys((entry["task"], entry["split"]) for entry in run.results["metrics"])
         parts += [_table(run, task, split) for task, split in places]
+        compared = Comparison(run.results.get("comparisons") or [])
+        matched = Comparison(run.results.get("length_matched") or [], matched=True)
+        parts += [differences(found) for found in (compared, matched) if found.entries]
     return "\n\n".join(parts) + "\n"
 
 
@@ -59,14 +66,38 @@ def _table(run: Reported, task: str, split: str) -> str:
         f"{task}, {where}: {n} {known.unit} about {images} images, {known.flavour_field} {rule}, model "
         f"{run.results['config']['model']}. Values x 100 except lengths and counts; 95 % intervals over images."
     )
+    return _environment(caption, "l" + "r" * len(shown), ["method", *head], rows)
+
+
+def differences(found: Comparison, every_metric: bool = False) -> str:
+    """The tables of `mmfix eval compare`: one per task and split, the notes in the caption of each."""
+    if found.matched:
+        sections, columns = length_table.sections(found.entries), length_table.COLUMNS
+        notes = [*length_table.footnotes(found.entries), *found.notes]
+    else:
+        sections, columns = compare_table.sections(found, every_metric), compare_table.COLUMNS
+        notes = compare_table.footnotes(found)
+    parts = []
+    for section in sections:
+        rows = [" & ".join(map(_text, row.cells)) + r" \\" for row in section.rows]
+        caption = " ".join([f"{section.title}.", *notes])
+        parts.append(_environment(caption, "ll" + "r" * (len(columns) - 2), [escape(c) for c in columns], rows))
+    return "\n\n".join(parts)
+
+
+def _text(cell: str) -> str:
+    return "--" if cell == tables.NONE else escape(cell)
+
+
+def _environment(caption: str, columns: str, head: Sequence[str], rows: Sequence[str]) -> str:
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{escape(caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(shown)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            " & ".join(["method", *head]) + r" \\",
+            " & ".join(head) + r" \\",
             r"\midrule",
             *rows,
             r"\bottomrule",

@@ -87,7 +87,7 @@ def _environment() -> Any:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as problem:
         raise MissingDependency(
-            f"the page is written with jinja2, which cannot be imported ({problem}); run: pip install 'mmfix[report]'"
+            f"the page is written with jinja2, which cannot be imported ({problem}); run: pip install 'mmfix[eval]'"
         ) from None
     return Environment(
         loader=PackageLoader("mmfix_evals.report", "."),

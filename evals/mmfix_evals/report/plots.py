@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mmfix_evals.scoring import MACRO
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P")  # the next one when the colours begin again
+LONGEST_LABEL = 26
 STYLE = {
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -253,8 +256,10 @@ Spread = tuple[float, float | None, float | None]
 
 def _point(axis: Any, colour: str, label: str, x: Spread, y: Spread) -> None:
     """A dot with its intervals as whiskers."""
+    marker = MARKERS[len(axis.containers) // len(COLOURS) % len(MARKERS)]
     axis.errorbar(
-        [x[0]], [y[0]], xerr=_whisker(x), yerr=_whisker(y), fmt="o", color=colour, label=label, capsize=2, linewidth=1,
+        [x[0]], [y[0]], xerr=_whisker(x), yerr=_whisker(y), fmt=marker, color=colour, label=label, capsize=2,
+        linewidth=1,
     )  # fmt: skip
 
 
@@ -289,7 +294,7 @@ def _figure(panels: int, height: float = 3.1) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise MissingDependency(
-            f"reports are drawn with matplotlib, which cannot be imported ({problem}); run: pip install 'mmfix[report]'"
+            f"reports are drawn with matplotlib, which cannot be imported ({problem}); run: pip install 'mmfix[eval]'"
         ) from None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6 * panels, height), layout="constrained")
@@ -309,7 +314,12 @@ def _svg(figure: Any) -> str:
     with matplotlib.rc_context(STYLE):
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncol=min(4, len(labels)))
+            shown = [one if len(one) <= LONGEST_LABEL else one[: LONGEST_LABEL - 1] + "…" for one in labels]
+            columns = min(4 if max(map(len, shown)) < 16 else 3, len(shown))
+            width, height = figure.get_size_inches()
+            # The legend takes its own room, not the plot's: 0.18 inches for every row after the second.
+            figure.set_size_inches(width, height + 0.18 * max(0, math.ceil(len(shown) / columns) - 2))
+            figure.legend(handles, shown, loc="outside lower center", ncol=columns)
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

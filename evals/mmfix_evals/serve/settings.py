@@ -100,3 +100,13 @@ def check_exposure(host: str, api_key: str | None, allow_anyone: bool) -> None:
             f"--host {host} can be reached from other machines and no token protects it; give --api-key-env VARIABLE, "
             "or --allow-anyone if the network is trusted"
         )
+
+
+def check_port(port: int) -> None:
+    """Refuse what is no port; the system would take a larger number modulo 65536.
+
+    Raises:
+        UsageError: not from 0 to 65535.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: give a number from 1 to 65535, or 0 for a free one")
