@@ -10,7 +10,8 @@ from mmfix import calibration, errors, scorers
 from mmfix.calibration import calibrated
 from mmfix.engine import Mitigation, mitigate
 from mmfix.families import Family, describe
-from mmfix.method import Method, MethodInfo, Param, Site, from_spec, method, methods, param, parse, register, spec
+from mmfix.method import Method, MethodInfo, Param, Site
+from mmfix.registry import from_spec, method, methods, param, parse, register, spec
 from mmfix.report import Report
 
 __version__ = "0.1.0"

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family, describe
-from mmfix.method import Method, frozen
-from mmfix.method import method as build
+from mmfix.method import Method
+from mmfix.registry import frozen
+from mmfix.registry import method as build
 from mmfix.storage import write_json
 
 FILE = "mmfix.json"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfix.branches import Mix
 from mmfix.errors import ConflictError
 from mmfix.families import Family
 from mmfix.method import Method, Site
+from mmfix.mixing import Mix
 from mmfix.segments import MaskEdit
 from mmfix.spans import TokenSpans
 from mmfix_kernels import (

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfix.branches import Branch, CacheRows, Rewrite, Rows, drop_image
+from mmfix.branches import Branch
+from mmfix.branchrows import CacheRows, Rows
 from mmfix.conversation import image_tokens
 from mmfix.errors import MmfixError
 from mmfix.families import Family
 from mmfix.inputs import Inputs
 from mmfix.outer import Outer
+from mmfix.prompts import Rewrite, drop_image
 from mmfix.selection import Blind, Overlooked
 from mmfix.spans import padding_mask
 from mmfix.vision import Vision

@@ -12,7 +12,7 @@ from mmfix.selection import Overlooked
 from mmfix_kernels import AttentionCall, Group, KeyGroups, row_weights
 
 if TYPE_CHECKING:
-    from mmfix.branches import Rows
+    from mmfix.branchrows import Rows
     from mmfix.passes import Pass
 
 

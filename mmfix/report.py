@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mmfix.method import spec
+from mmfix.registry import spec
 from mmfix_kernels import Group, Label
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 from mmfix import measuring, passes, pieces
 from mmfix import prefix as prefixes
 from mmfix import spans as token_spans
-from mmfix.branches import Mix, trimmed
-from mmfix.branches import Rows as BranchRows
+from mmfix.branchrows import Rows as BranchRows
+from mmfix.branchrows import trimmed
 from mmfix.conversation import Conversation, image_tokens
 from mmfix.errors import MmfixError, MmfixWarning
 from mmfix.expand import Expander
@@ -24,6 +24,7 @@ from mmfix.inputs import Inputs
 from mmfix.layers import LayerState
 from mmfix.measuring import Measuring
 from mmfix.method import Method
+from mmfix.mixing import Mix
 from mmfix.overlooking import Overlooking
 from mmfix.passes import Kind, Pass
 from mmfix.positions import rewriting, rewritten, with_positions

@@ -32,5 +32,5 @@ def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that forgets what the test registers."""
-    module = importlib.import_module("mmfix.method")  # the package's attribute of that name is a function
+    module = importlib.import_module("mmfix.registry")
     monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfix.method import MethodInfo, methods
+from mmfix.method import MethodInfo
+from mmfix.registry import methods
 
 FOLDER = Path("docs/methods")
 HEADINGS = {"Args:": "Parameters", "Raises:": "Errors", "Returns:": "Returns", "Example:": "Example"}

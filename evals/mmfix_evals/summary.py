@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmfix.method import methods
+from mmfix.registry import methods
 
 POPE = "tinyworld-pope"
 CHAIR = "tinyworld-chair"

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfix import scorers
-from mmfix.branches import Branch, Mix
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix
+from mmfix.registry import param, register
 from mmfix.relevance import KeepRelevant
 
 

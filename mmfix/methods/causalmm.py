@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfix.branches import Branch, Mix, VisionEdit, contrast
+from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, layer_numbers, param, register
+from mmfix.method import Method, layer_numbers
+from mmfix.mixing import Mix, contrast
+from mmfix.registry import param, register
 from mmfix_kernels import MapReplacement, Rows
 from mmfix_kernels.edits import MapKind
 

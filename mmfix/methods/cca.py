@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmfix.errors import MethodError, MmfixError, UnsupportedModel
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix.segments import MaskEdit, Role, Segments
 from mmfix.spans import TokenSpans
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, Mix, contrast
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix, contrast
+from mmfix.registry import param, register
 from mmfix.selection import Outliers, check_layer
 
 

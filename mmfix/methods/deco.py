@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmfix.branches import Mix
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, chosen_layers, in_proportion, param, register
+from mmfix.method import Method, chosen_layers, in_proportion
+from mmfix.mixing import Mix
 from mmfix.readouts import Readout
+from mmfix.registry import param, register
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfix.branches import Mix
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, chosen_layers, param, register
+from mmfix.method import Method, chosen_layers
+from mmfix.mixing import Mix
 from mmfix.readouts import Readout, tied
+from mmfix.registry import param, register
 
 Divergence = Literal["jensen-shannon", "released"]
 

@@ -9,7 +9,8 @@ from mmfix import scorers
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.focal import Refocus
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.registry import param, register
 
 
 @register("halc", title="HALC", paper="arXiv:2403.00425", kind="search", passes=2)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, in_proportion, param, register
+from mmfix.method import Method, Site, chosen_layers, in_proportion
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, Group, Rows, ScoreEdit
 
 

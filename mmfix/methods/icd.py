@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfix.branches import Branch, Mix, PromptEdit, contrast
+from mmfix.branches import Branch
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix, contrast
+from mmfix.prompts import PromptEdit
+from mmfix.registry import param, register
 
 
 @register("icd", title="Instruction Contrastive Decoding", paper="arXiv:2403.18715", kind="contrast", passes=2)

@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfix.branches import RepeatQuestion
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.prompts import RepeatQuestion
+from mmfix.registry import param, register
 
 
 @register("jrt", title="Just Read Twice", paper="arXiv:2407.05483", kind="prompt")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, Mix, PromptEdit, contrast
+from mmfix.branches import Branch
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix, contrast
+from mmfix.prompts import PromptEdit
+from mmfix.registry import param, register
 
 
 @register("lqcd", title="Leading Query Contrastive Decoding", paper="arXiv:2408.11261", kind="contrast", passes=2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, Growth, Mix
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Growth, Mix
+from mmfix.registry import param, register
 
 
 @register("m3id", title="Multi-Modal Mutual-Information Decoding", paper="arXiv:2403.14003", kind="contrast", passes=2)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, param, register
+from mmfix.method import Method, Site, chosen_layers
+from mmfix.registry import param, register
 from mmfix.segments import MaskEdit, Role
 
 

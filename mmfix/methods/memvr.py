@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, in_proportion, layer_numbers, param, register
+from mmfix.method import Method, in_proportion, layer_numbers
+from mmfix.registry import param, register
 from mmfix.retracing import Retrace
 
 

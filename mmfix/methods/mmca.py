@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, param, register
+from mmfix.method import Method, Site, chosen_layers
+from mmfix.registry import param, register
 from mmfix.segments import MaskEdit, Role, Segments
 from mmfix_kernels import Edit, Group, SplitSoftmax
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmfix.branches import Mix
 from mmfix.enhanced import Enhanced
 from mmfix.families import Family
-from mmfix.method import Method, layer_numbers, param, register
+from mmfix.method import Method, layer_numbers
+from mmfix.mixing import Mix
+from mmfix.registry import param, register
 
 
 @dataclass(frozen=True, kw_only=True)

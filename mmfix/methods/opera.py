@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.registry import param, register
 from mmfix.search import OverTrust
 
 

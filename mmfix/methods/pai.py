@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, Mix, guidance
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, param, register
+from mmfix.method import Method, Site, chosen_layers
+from mmfix.mixing import Mix, guidance
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, Group, Rows, ScoreEdit
 
 

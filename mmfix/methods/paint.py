@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmfix.branches import Branch, Mix, guidance
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, param, register
+from mmfix.method import Method, Site, chosen_layers
+from mmfix.mixing import Mix, guidance
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, KeyGain, Rows
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmfix.branches import Mix
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix
+from mmfix.registry import param, register
 
 
 @register("plausibility", title="Adaptive plausibility cut alone", paper="arXiv:2210.15097", kind="contrast")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.hidden import HiddenScale
-from mmfix.method import Method, chosen_layers, in_proportion, param, register
+from mmfix.method import Method, chosen_layers, in_proportion
+from mmfix.registry import param, register
 
 
 class Known(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Literal
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.heads import chosen, factors, fit, of_layer, some
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, HeadScale, MapReplacement
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, Mix, contrast
+from mmfix.branches import Branch
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix, contrast
+from mmfix.registry import param, register
 from mmfix.selection import Overlooked
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
 from mmfix.methods.frame_block import frames, tokens_per_picture
+from mmfix.registry import param, register
 from mmfix.segments import MaskEdit, Role, Segments
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from mmfix.branches import Rewrite
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, in_proportion, param, register
+from mmfix.method import Method, in_proportion
 from mmfix.prepending import before_image
+from mmfix.prompts import Rewrite
+from mmfix.registry import param, register
 
 
 @register("token-prepending", title="Token Prepending", paper="arXiv:2412.11556", kind="prompt")

@@ -9,7 +9,8 @@ from typing import Literal
 
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, in_proportion, param, register
+from mmfix.method import Method, Site, chosen_layers, in_proportion
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, Group, Rows, ScoreEdit
 
 

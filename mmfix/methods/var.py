@@ -12,7 +12,8 @@ from torch import Tensor
 from mmfix.calibration import sink_dimensions
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix.sinks import phi
 from mmfix_kernels import Edit, Group, MassGate, MassMove, Rows
 

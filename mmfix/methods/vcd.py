@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmfix.branches import Branch, DiffusionNoise, Mix, contrast
+from mmfix.branches import Branch
 from mmfix.families import Family
-from mmfix.method import Method, param, register
+from mmfix.method import Method
+from mmfix.mixing import Mix, contrast
+from mmfix.pictures import DiffusionNoise
+from mmfix.registry import param, register
 
 
 @register("vcd", title="Visual Contrastive Decoding", paper="arXiv:2311.16922", kind="contrast", passes=2)
@@ -22,7 +25,7 @@ class VCD(Method):
         z   = (1 + alpha) l - alpha l'
         cut   z_i = -inf unless l_i >= log(beta) + max l
 
-    abar is the schedule of :class:`mmfix.branches.DiffusionNoise`; of the signal's power 0.745 is left at step 500 and
+    abar is the schedule of :class:`mmfix.pictures.DiffusionNoise`; of the signal's power 0.745 is left at step 500 and
     0.081 at step 999. The noisy picture is a row of the same batch with its own cache, so every decoding mode acts on
     z. Sampling profits from the cut alone, without any contrast: compare with ``plausibility``.
 

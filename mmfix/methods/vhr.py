@@ -11,7 +11,8 @@ from torch import Tensor
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.heads import chosen, factors, fit, of_layer
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, HeadScale
 
 

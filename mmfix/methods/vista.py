@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmfix.families import Family
-from mmfix.method import Method, Site, chosen_layers, in_proportion, layer_numbers, param, register
+from mmfix.method import Method, Site, chosen_layers, in_proportion, layer_numbers
+from mmfix.registry import param, register
 from mmfix.steering import Blend, Steer
 
 

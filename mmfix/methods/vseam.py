@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.heads import HeadMap, Heads, chosen, factors, fit, some
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix_kernels import Edit, HeadScale
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 from mmfix.directions import Directions, load
 from mmfix.errors import MethodError
 from mmfix.families import Family
-from mmfix.method import Method, Site, param, register
+from mmfix.method import Method, Site
+from mmfix.registry import param, register
 from mmfix.steering import Steer
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfix
-from mmfix.branches import Branch, Mix, contrast
+from mmfix.branches import Branch
 from mmfix.errors import ConflictError, MethodError
 from mmfix.methods import CausalMM, CausalMMLanguage, CausalMMVision, Plausibility
+from mmfix.mixing import Mix, contrast
 
 GAMMA, EPSILON = 1.0, 1e-6
 

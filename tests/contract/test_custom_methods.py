@@ -17,9 +17,12 @@ from torch import Tensor
 
 import mmfix
 from mmfix import Method
-from mmfix.branches import Blank, Branch, DiffusionNoise, Mix, PromptEdit, contrast, guidance
+from mmfix.branches import Branch
 from mmfix.errors import ConflictError, MethodError, MmfixError
 from mmfix.methods import Plausibility
+from mmfix.mixing import Mix, contrast, guidance
+from mmfix.pictures import Blank, DiffusionNoise
+from mmfix.prompts import PromptEdit
 from mmfix_kernels import Group, HeadScale, ScoreEdit
 
 STEPS = 4

@@ -21,7 +21,8 @@ from support.families import FAMILIES, Row, Tiny
 import mmfix
 from mmfix.errors import ConflictError, MmfixWarning
 from mmfix.families import why_not
-from mmfix.method import Method, method
+from mmfix.method import Method
+from mmfix.registry import method
 
 CHOSEN = ("llava-next", "qwen2.5-vl", "gemma3", "idefics2")
 STEPS = 3

@@ -10,9 +10,11 @@ from support import vlm
 
 import mmfix
 import mmfix.prefix
-from mmfix.branches import Blank, Branch, PromptEdit
+from mmfix.branches import Branch
 from mmfix.methods import CausalMMLanguage, CausalMMVision
+from mmfix.pictures import Blank
 from mmfix.prefix import SharedLayer, shared_length
+from mmfix.prompts import PromptEdit
 from mmfix.spans import build
 from mmfix_kernels import AttentionCall, Group, MapReplacement, Rows, ScoreEdit, grouped_attention
 

@@ -14,9 +14,10 @@ from support.family_oracle import Oracle
 from torch import Tensor
 
 import mmfix
-from mmfix.branches import Branch, Mix, VisionEdit
+from mmfix.branches import Branch, VisionEdit
 from mmfix.errors import UnsupportedModel
 from mmfix.methods import Plausibility
+from mmfix.mixing import Mix
 from mmfix_kernels import MapReplacement
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mmfix
 from mmfix import scorers
-from mmfix.branches import Mix
 from mmfix.errors import MethodError, MmfixError, UnsupportedModel
+from mmfix.mixing import Mix
 from mmfix.relevance import Asked, KeepRelevant
 from mmfix.scorers import Question
 

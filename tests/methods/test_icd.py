@@ -11,10 +11,10 @@ from support import plain, vlm
 from torch import Tensor
 
 import mmfix
-from mmfix.branches import PromptEdit
 from mmfix.engine import described
 from mmfix.errors import MethodError
 from mmfix.methods import ICD
+from mmfix.prompts import PromptEdit
 
 STEPS = 3
 WORDS = (41, 42, 43)

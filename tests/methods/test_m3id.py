@@ -11,9 +11,9 @@ from support import plain, vlm
 from torch import Tensor
 
 import mmfix
-from mmfix.branches import Growth, Mix
 from mmfix.errors import MethodError
 from mmfix.methods import M3ID
+from mmfix.mixing import Growth, Mix
 
 STEPS = 4
 

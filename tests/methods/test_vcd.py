@@ -11,9 +11,9 @@ from support import plain, vlm
 from torch import Tensor
 
 import mmfix
-from mmfix.branches import DiffusionNoise
 from mmfix.errors import MethodError
 from mmfix.methods import VCD
+from mmfix.pictures import DiffusionNoise
 
 STEPS = 3
 

@@ -11,7 +11,8 @@ from typing import Any
 from support import steered
 
 from mmfix import scorers
-from mmfix.method import Method, method, methods
+from mmfix.method import Method
+from mmfix.registry import method, methods
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def methods_command(
     table: Annotated[bool, typer.Option("--table", help="A Markdown table, with the families each runs on.")] = False,
 ) -> None:
     """List the methods: paper, kind, cost, parameters."""
-    from mmfix.method import methods
+    from mmfix.registry import methods
 
     listed = [method_entry(info) for info in methods().values()]
     if as_json:
