@@ -161,6 +161,22 @@ def test_the_search_is_that_without_a_cache(grouped: Any, params: dict[str, Any]
     assert report.prompts == params["beams"]
 
 
+def test_words_of_several_tokens_are_decoded_again_token_by_token(
+    grouped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def even(token: int) -> bool:
+        return token % 2 == 0 and token not in STOPS
+
+    monkeypatch.setattr("support.speech.starts", even)
+    monkeypatch.setitem(globals(), "starts", even)
+    params = {"beams": 2, "weight": 0.4}
+    found = halc(grouped, vlm.one(4), **params)
+    assert max(word.count("x") for word, _ in asked) == 3
+    tokens, score = Oracle(grouped, vlm.one(4), **params).run(STEPS)
+    assert found.sequences[0, -STEPS:].tolist() == tokens
+    assert float(found.sequences_scores[0]) == pytest.approx(score, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
