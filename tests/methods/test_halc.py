@@ -161,6 +161,22 @@ def test_the_search_is_that_without_a_cache(grouped: Any, params: dict[str, Any]
     assert report.prompts == params["beams"]
 
 
+def test_words_of_several_tokens_are_decoded_again_token_by_token(
+    grouped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def even(token: int) -> bool:
+        return token % 2 == 0 and token not in STOPS
+
+    monkeypatch.setattr("support.speech.starts", even)
+    monkeypatch.setitem(globals(), "starts", even)
+    params = {"beams": 2, "weight": 0.4}
+    found = halc(grouped, vlm.one(4), **params)
+    assert max(word.count("x") for word, _ in asked) == 3
+    tokens, score = Oracle(grouped, vlm.one(4), **params).run(STEPS)
+    assert found.sequences[0, -STEPS:].tolist() == tokens
+    assert float(found.sequences_scores[0]) == pytest.approx(score, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -211,14 +227,18 @@ def test_a_word_is_asked_for_once_and_chance_has_no_part(llava: Any) -> None:
 
 
 def test_processors_have_a_say_in_words_decoded_again(llava: Any) -> None:
-    free = halc(llava, vlm.one(2), {"num_beams": 1}, weight=0.9).sequences[0, -STEPS:].tolist()
-    plain = generate(llava, vlm.one(2)).sequences[0, -STEPS:].tolist()
+    inputs = vlm.one(2)
+    width = inputs["input_ids"].shape[1]
+
+    def said(**options: Any) -> list[int]:
+        return halc(llava, inputs, {"num_beams": 1, **options}, weight=0.9).sequences[0, width:].tolist()
+
+    free, plain = said(), generate(llava, inputs).sequences[0, width:].tolist()
     new = sorted(set(free) - set(plain))
     assert new
-    bound = halc(llava, vlm.one(2), {"num_beams": 1, "suppress_tokens": new}, weight=0.9).sequences[0, -STEPS:].tolist()
-    assert not set(bound) & set(new)
-    ending = halc(llava, vlm.one(2), {"num_beams": 1, "eos_token_id": new}, weight=0.9).sequences[0, -STEPS:].tolist()
+    assert not set(said(suppress_tokens=new)) & set(new)
     first = next(n for n, token in enumerate(free) if token in new)
+    ending = said(eos_token_id=new)
     assert ending[:first] == free[:first]
     assert ending[first] != free[first]  # a word said anew is never the end of the answer
 
