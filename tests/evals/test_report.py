@@ -274,7 +274,7 @@ def test_many_methods_share_a_plot_of_yes_answers_by_rows(folder: Path) -> None:
     (few,) = plots.yes_ratio([run])
     height = [float(re.search(r'height="([\d.]+)pt"', one.svg).group(1)) for one in (plot, few)]  # type: ignore[union-attr]
     assert height[0] > height[1]
-    assert plot.svg.count(">random<") <= 1  # splits stand in the legend
+    assert "ytick_12" in plot.svg  # a row per method
 
 
 def test_the_model_index_is_what_the_hub_reads(folder: Path) -> None:
