@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -250,9 +252,50 @@ def test_the_real_registry_takes_the_manifests() -> None:
     assert registry.get_model_class("mmfix", force_simple=True).__name__ == "MmfixSimple"
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("lmms_eval"), reason="lmms-eval not installed")
+def test_the_real_lmms_eval_runs_a_task(tmp_path: Any) -> None:
+    """Through its own command, which finds the model by the entry point."""
+    if not any(one.name == "mmfix" for one in metadata.entry_points(group="lmms_eval.models")):
+        pytest.skip("mmfix is not installed, only importable")
+    row = {"image": str(PICTURE), "question": PROMPT, "answer": "image"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "helpers.py").write_text(HELPERS)
+    (tmp_path / "mmfix_one.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    for kind in ("--force_simple", "--log_samples"):
+        out = tmp_path / kind.strip("-")
+        command = [sys.executable, "-m", "lmms_eval", "--model", "mmfix", "--tasks", "mmfix_one", "--include_path"]
+        words = [str(tmp_path), "--model_args", "pretrained=tiny,method=vhr:alpha=2.0;drop_outliers=true"]
+        subprocess.run([*command, *words, "--output_path", str(out), kind], check=True, capture_output=True)
+        (found,) = out.rglob("*_results.json")
+        assert json.loads(found.read_text())["results"]["mmfix_one"]["right,none"] == 1.0
+
+
+TASK = """\
+task: mmfix_one
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function helpers.visual
+doc_to_text: !function helpers.text
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 16, temperature: 0, do_sample: false}}
+process_results: !function helpers.results
+metric_list: [{{metric: right, aggregation: mean, higher_is_better: true}}]
+metadata: [{{version: 0.0}}]
+"""
+HELPERS = """\
+from PIL import Image
+def visual(doc): return [Image.open(doc["image"]).convert("RGB")]
+def text(doc, more=None): return doc["question"]
+def results(doc, found): return {"right": float(" shows " in str(found[0]))}
+"""
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("inspect_ai"), reason="inspect_ai not installed")
 def test_inspect_ai(answers: dict[str, str], tmp_path: Any) -> None:
-    importlib.import_module(f"{OURS}inspect_ai.registry")
+    if not any(one.name == "mmfix" for one in metadata.entry_points(group="inspect_ai")):
+        importlib.import_module(f"{OURS}inspect_ai.registry")  # not installed: what the entry point would load
     import asyncio
 
     from inspect_ai import Task, eval

@@ -264,6 +264,19 @@ def test_a_legend_of_many_methods_takes_no_room_from_the_plot() -> None:
     assert many[1].count("method:with=a-long-parame…") == 40
 
 
+def test_many_methods_share_a_plot_of_yes_answers_by_rows(folder: Path) -> None:
+    (run,) = report.read([folder])
+    entries = [e for e in run.results["metrics"] if e["metric"] == "yes_ratio" and e["method"] == "greedy"]
+    more = [{**entry, "method": f"method-{n}"} for entry in entries for n in range(12)]
+    many = report.Reported("r", {**run.results, "metrics": more}, {})
+    (plot,) = plots.yes_ratio([many])
+    assert all(f">method-{n}<" in plot.svg for n in range(12))
+    (few,) = plots.yes_ratio([run])
+    height = [float(re.search(r'height="([\d.]+)pt"', one.svg).group(1)) for one in (plot, few)]  # type: ignore[union-attr]
+    assert height[0] > height[1]
+    assert "ytick_12" in plot.svg  # a row per method
+
+
 def test_the_model_index_is_what_the_hub_reads(folder: Path) -> None:
     yaml = pytest.importorskip("yaml")
     hub = pytest.importorskip("huggingface_hub.repocard_data")

@@ -104,11 +104,18 @@ def yes_ratio(runs: Sequence[Reported]) -> Iterable[Plot]:
         splits = [
             s for s in tasks.get(name).splits if any(run.entry(name, s, "yes_ratio", m) for run, m, _ in _each(runs))
         ]
-        figure, (axis,) = _figure(1)
-        _bars(axis, runs, name, "yes_ratio", splits)
-        axis.axhline(50, color="#444444", linewidth=1, linestyle="--")
-        axis.set_ylabel("answers counted as yes, %")
-        axis.set_ylim(0, 100)
+        many = len(series(runs)) > len(COLOURS)
+        figure, (axis,) = _figure(1, height=1.1 + 0.18 * len(series(runs)) if many else 3.1)
+        if many:  # bars of one method each would be lines
+            _dots(axis, runs, name, "yes_ratio", splits)
+            axis.axvline(50, color="#444444", linewidth=1, linestyle="--")
+            axis.set_xlabel("answers counted as yes, %")
+            axis.set_xlim(0, 100)
+        else:
+            _bars(axis, runs, name, "yes_ratio", splits)
+            axis.axhline(50, color="#444444", linewidth=1, linestyle="--")
+            axis.set_ylabel("answers counted as yes, %")
+            axis.set_ylim(0, 100)
         yield Plot(
             f"{name}: share of yes answers",
             "Dashed: the share of questions whose right answer is yes. Above it a model says yes too often, below it "
@@ -288,6 +295,26 @@ def _bars(axis: Any, runs: Sequence[Reported], task: str, metric: str, splits: S
     axis.set_xticks(range(len(splits)), splits)
 
 
+def _dots(axis: Any, runs: Sequence[Reported], task: str, metric: str, splits: Sequence[str]) -> None:
+    """A row per method, in it a dot with its interval per split."""
+    known, names = tasks.get(task).metric(metric), [_short(label) for _, _, (label, _) in _each(runs)]
+    for n, split in enumerate(splits):
+        found = [(row, run.entry(task, split, metric, method)) for row, (run, method, _) in enumerate(_each(runs))]
+        spreads = [(row, _scaled(known, entry)) for row, entry in found if entry and entry["value"] is not None]
+        for row, spread in spreads:
+            label, place = split if row == spreads[0][0] else None, row + 0.2 * (n - (len(splits) - 1) / 2)
+            axis.errorbar(
+                [spread[0]], [place], xerr=_whisker(spread), fmt=MARKERS[n % len(MARKERS)], label=label,
+                color=COLOURS[n % len(COLOURS)], markersize=3, linewidth=0.8,
+            )  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+
+
 def _figure(panels: int, height: float = 3.1) -> tuple[Any, Any]:
     try:
         import matplotlib
@@ -314,7 +341,7 @@ def _svg(figure: Any) -> str:
     with matplotlib.rc_context(STYLE):
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
-            shown = [one if len(one) <= LONGEST_LABEL else one[: LONGEST_LABEL - 1] + "…" for one in labels]
+            shown = [_short(one) for one in labels]
             columns = min(4 if max(map(len, shown)) < 16 else 3, len(shown))
             width, height = figure.get_size_inches()
             # The legend takes its own room, not the plot's: 0.18 inches for every row after the second.
