@@ -284,10 +284,8 @@ class LayerState:
         changed = {**inputs, "mask": mask, "is_causal": False}
         call = AttentionCall(**changed, groups=plain.groups, edits=plain.edits, masses=plain.masses)
         attended = grouped_attention(call, self.session.backend)
-        rows = torch.zeros((), dtype=torch.int64, device=mask.device)
-        for pairs in (opened.open, opened.close):
-            if pairs is not None:
-                rows = rows + pairs.any(-1).sum()
+        touched = [pairs.any(-1) for pairs in (opened.open, opened.close) if pairs is not None]
+        rows = torch.stack(touched).any(0).sum()  # a row with pairs of both kinds is one row
         heads, places = call.query.shape[1], call.query.shape[0] * call.query.shape[1] * call.query.shape[2]
         for owner in () if self.repeating else self.mask_owners:
             self._counters(mask.device)[owner] += torch.stack([rows * heads, rows.new_tensor(places)])

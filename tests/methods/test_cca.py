@@ -140,6 +140,14 @@ def test_prefill_and_decoding_of_a_mixed_batch(grouped: Any) -> None:
     assert moved[2] < 1e-4, "a prompt without a picture is left alone"
 
 
+def test_a_row_whose_pairs_open_and_close_is_counted_once(llava: Any) -> None:
+    with mmfix.mitigate(llava, "cca") as fix:
+        vlm.logits(llava, vlm.one())
+    fired = fix.report().fired["cca"]
+    every = vlm.LAYERS * vlm.HEADS
+    assert (fired.fired, fired.considered) == (N * every, vlm.one()["input_ids"].shape[1] * every)
+
+
 def test_outer_to_inner_order_makes_the_mask_block_causal(llava: Any) -> None:
     """The patches put in the order of their rings, under a plain mask of one block per ring, say the same."""
     inputs = vlm.one()
