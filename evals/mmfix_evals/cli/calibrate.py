@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmfix_evals.errors import DataError, UsageError
+from mmfix_evals.cli import options
+from mmfix_evals.cli.calibrate_common import load, positive
+from mmfix_evals.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,38 +34,30 @@ def _group() -> None:
 
 @app.command("sinks", epilog="Example: mmfix calibrate sinks --model tiny --limit 32 --json")
 def sinks_command(
-    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures; default: pictures of TinyWorld's dev split.")
-    ] = None,
+    model: options.Model = "tiny",
+    images: options.Pictures = None,
     limit: Annotated[int, typer.Option(help="Pictures to look at.")] = 16,
     prompt: Annotated[str, typer.Option(help="Prompt beside every picture.")] = PROMPT,
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 4,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    save_to: Annotated[
-        Path | None, typer.Option(help="Write mmfix.json into this model folder, not into the user's cache.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch_size: options.BatchSize = 4,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    save_to: options.SaveTo = None,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`.
 
     One prefill per picture and nothing of it is kept, so that a stopped run begins anew.
     """
-    if limit < 1 or batch_size < 1:
-        raise UsageError("--limit and --batch-size: give numbers of 1 or more")
+    positive(limit=limit, batch_size=batch_size)
     from mmfix_evals import headdata
 
     asked = headdata.described(images, limit, prompt)
     from mmfix import calibration
-    from mmfix_decoding import Decoder
     from mmfix_evals import calibrating
-    from mmfix_evals.cli.quiet import hush
     from mmfix_evals.progress import Reporter
 
-    hush()
-    decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
+    decoder = load(model, device, dtype)
     with Reporter(quiet or as_json) as reporter, decoder.exclusive():
         reporter.start("calibrate sinks", len(asked), 0)
         batches = (inputs for inputs, _ in headdata.batches(decoder, asked, batch_size))

@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from mmfix_evals.cli import options as shared
 from mmfix_evals.cli.calibrate import app
+from mmfix_evals.cli.calibrate_common import load, positive, print_json
 from mmfix_evals.errors import UsageError
-
-MODEL = typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")
-SAVE = typer.Option(help="Write mmfix.json into this model folder, not into the user's cache.")
-JSON = typer.Option("--json", help="Print JSON.")
-QUIET = typer.Option("--quiet", help="No progress.")
 
 
 @app.command("act", epilog="Example: mmfix calibrate act --model tiny --limit 96 --options rule=relative,alpha=5")
 def act_command(
-    model: Annotated[str, MODEL] = "tiny",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures, with --questions; default: TinyWorld's dev split.")
-    ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(help="JSON Lines with image, text and label (yes or no) about --images.")
-    ] = None,
+    model: shared.Model = "tiny",
+    images: shared.AskedPictures = None,
+    questions: shared.Questions = None,
     limit: Annotated[int, typer.Option(help="Questions to ask.")] = 96,
     options: Annotated[
         str, typer.Option(help="Further parameters of act, field=value,field=value; kept with the heads.")
     ] = "",
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    save_to: Annotated[Path | None, SAVE] = None,
-    quiet: Annotated[bool, QUIET] = False,
-    as_json: Annotated[bool, JSON] = False,
+    batch_size: shared.BatchSize = 8,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = "auto",
+    save_to: shared.SaveTo = None,
+    quiet: shared.Quiet = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Find the heads whose attention calibration alone answers more questions rightly, and keep them for `act`.
 
     Stopped and started again, it goes on where it was.
     """
-    _check(limit=limit, batch_size=batch_size)
+    positive(limit=limit, batch_size=batch_size)
     import mmfix
     from mmfix import calibration
     from mmfix_evals import calibrating
+    from mmfix_evals.progress import Reporter
 
     method = mmfix.parse(f"act:{options}" if options else "act")
     given = {piece.partition("=")[0].strip() for piece in options.split(",") if "=" in piece}
@@ -52,13 +45,13 @@ def act_command(
         raise UsageError("--options heads, top: these are what is looked for; leave them out")
     chosen = {name: getattr(method, name) for name in sorted(given & set(method.info.params))}
     asked, data = calibrating.act_questions(images, questions, limit)
-    decoder = _decoder(model, device, dtype)
-    with _reporter(quiet) as reporter:
+    decoder = load(model, device, dtype)
+    with Reporter(quiet) as reporter:
         reporter.start("calibrate act", len(calibrating.candidates(decoder)) + 2, 0)
         found = calibrating.act(decoder, asked, chosen, reporter.advance, batch_size)
     path = calibration.keep(decoder.model, "act", found.values, {"data": data, **found.record}, save_to)
     if as_json:
-        _print({"values": found.values, "data": data, **found.record, "file": str(path)})
+        print_json({"values": found.values, "data": data, **found.record, "file": str(path)})
         return
     scores = found.record["scores"]
     heads = ", ".join("{}.{}".format(*head) for head in found.values["heads"]) or "none"
@@ -75,28 +68,28 @@ def act_command(
 
 @app.command("sofa", epilog="Example: mmfix calibrate sofa --model tiny --limit 64 --step 0.1")
 def sofa_command(
-    model: Annotated[str, MODEL] = "tiny",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures, with --questions; default: TinyWorld's dev split.")
-    ] = None,
+    model: shared.Model = "tiny",
+    images: shared.AskedPictures = None,
     questions: Annotated[
         Path | None, typer.Option(help="JSON Lines with images (two files), text and label (yes or no) about --images.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Pictures; two make a pair.")] = 64,
     step: Annotated[float, typer.Option(help="Distance of the values of sigma that are tried, 0 to 1.")] = 0.1,
     layers: Annotated[str, typer.Option(help="SoFA's layers: even, odd or all.")] = "even",
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    save_to: Annotated[Path | None, SAVE] = None,
-    quiet: Annotated[bool, QUIET] = False,
-    as_json: Annotated[bool, JSON] = False,
+    batch_size: shared.BatchSize = 8,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = "auto",
+    save_to: shared.SaveTo = None,
+    quiet: shared.Quiet = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Choose SoFA's sigma by right answers about two pictures, and report how often their order changes the answer.
 
     Stopped and started again, it goes on where it was.
     """
-    _check(limit=limit // 2, batch_size=batch_size)
+    positive(limit=limit, batch_size=batch_size)
+    if limit < 2:
+        raise UsageError("--limit 1: two pictures make a pair; give 2 or more")
     if not 0.01 <= step <= 1.0:
         raise UsageError(f"--step {step:g}: give a number from 0.01 to 1")
     if (images is None) != (questions is None):
@@ -104,17 +97,18 @@ def sofa_command(
     import mmfix
     from mmfix import calibration
     from mmfix_evals import calibrating, headdata
+    from mmfix_evals.progress import Reporter
 
     own = None if images is None or questions is None else headdata.pair_questions(images, questions, limit)
     mmfix.method("sofa", layers=layers)
     sigmas = calibrating.grid(step)
-    decoder = _decoder(model, device, dtype)
-    with _reporter(quiet) as reporter:
+    decoder = load(model, device, dtype)
+    with Reporter(quiet) as reporter:
         reporter.start("calibrate sofa", len(sigmas), 0)
         found = calibrating.sofa(decoder, limit, sigmas, layers, reporter.advance, batch_size, own)
     path = calibration.keep(decoder.model, "sofa", found.values, found.record, save_to)
     if as_json:
-        _print({"values": found.values, **found.record, "file": str(path)})
+        print_json({"values": found.values, **found.record, "file": str(path)})
         return
     typer.echo("sigma  accuracy  same answer in both orders")
     for row in found.record["scores"]:
@@ -125,26 +119,3 @@ def sofa_command(
         typer.echo("sofa never fired: in these prompts two pictures cannot be told apart, so that sigma says nothing.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix eval run --model {model} --methods greedy,sofa --tasks tinyworld-position")
-
-
-def _check(**counts: int) -> None:
-    if min(counts.values()) < 1:
-        raise UsageError("--limit and --batch-size: give numbers of 1 or more (sofa: 2 or more pictures)")
-
-
-def _decoder(model: str, device: str, dtype: str) -> Any:
-    from mmfix_decoding import Decoder
-    from mmfix_evals.cli.quiet import hush
-
-    hush()
-    return Decoder.from_pretrained(model, device=device, dtype=dtype)
-
-
-def _reporter(quiet: bool) -> Any:
-    from mmfix_evals.progress import Reporter
-
-    return Reporter(quiet)
-
-
-def _print(content: dict[str, Any]) -> None:
-    typer.echo(json.dumps(content, indent=1))

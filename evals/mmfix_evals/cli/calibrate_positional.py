@@ -2,54 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mmfix_evals.cli import options
 from mmfix_evals.cli.calibrate import app
-from mmfix_evals.cli.calibrate_more import JSON, MODEL, QUIET, SAVE, _check, _decoder, _print, _reporter
+from mmfix_evals.cli.calibrate_common import load, positive, print_json
 
 
 @app.command("positional", epilog="Example: mmfix calibrate positional --model tiny --limit 96")
 def positional_command(
-    model: Annotated[str, MODEL] = "tiny",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures, with --questions; default: TinyWorld's dev split.")
-    ] = None,
-    questions: Annotated[
-        Path | None, typer.Option(help="JSON Lines with image, text and label (yes or no) about --images.")
-    ] = None,
+    model: options.Model = "tiny",
+    images: options.AskedPictures = None,
+    questions: options.Questions = None,
     limit: Annotated[int, typer.Option(help="Questions to ask.")] = 96,
     texts: Annotated[int, typer.Option(help="Random texts in which positional dimensions are looked for.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 256,
     top: Annotated[int, typer.Option(help="Dimensions that are tried.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    save_to: Annotated[Path | None, SAVE] = None,
-    quiet: Annotated[bool, QUIET] = False,
-    as_json: Annotated[bool, JSON] = False,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    save_to: options.SaveTo = None,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Find the hidden dimension that carries position and whose scaling helps most, and keep it.
 
     Stopped and started again, it goes on where it was.
     """
-    _check(limit=limit, batch_size=batch_size, texts=texts, tokens=tokens, top=top)
+    positive(limit=limit, batch_size=batch_size, texts=texts, tokens=tokens, top=top)
     from mmfix import calibration
     from mmfix_evals import calibrating
     from mmfix_evals.calibrating_positional import positional
+    from mmfix_evals.progress import Reporter
 
     asked, data = calibrating.act_questions(images, questions, limit)
-    decoder = _decoder(model, device, dtype)
+    decoder = load(model, device, dtype)
     factors = (0.0, -1.0)
-    with _reporter(quiet) as reporter:
+    with Reporter(quiet) as reporter:
         reporter.start("calibrate positional", 2 + top * len(factors), 0)
         found = positional(decoder, asked, factors, texts, tokens, top, reporter.advance, batch_size)
     record = {"data": data, **found.record}
     path = calibration.keep(decoder.model, "positional-hidden", found.values, record, save_to)
     if as_json:
-        _print({"values": found.values, **record, "file": str(path)})
+        print_json({"values": found.values, **record, "file": str(path)})
         return
     scores = found.record["scores"]
     best = max(row["p_right"] for row in scores["tried"])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmfix_evals.cli import calibrate
+from mmfix_evals.cli import calibrate, options
+from mmfix_evals.cli.calibrate_common import load, positive
 from mmfix_evals.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ Pair = tuple["Image", str, str]  # a picture, what is true of it, and what is no
 
 @calibrate.app.command("vti", epilog="Example: mmfix calibrate vti --model tiny --limit 32 --trials 10")
 def vti_command(
-    model: Annotated[str, typer.Option(help="'tiny' (bundled), a local model folder, or a hub id.")] = "tiny",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures; default: pictures of TinyWorld's dev split.")
-    ] = None,
+    model: options.Model = "tiny",
+    images: options.Pictures = None,
     pairs: Annotated[
         Path | None,
         typer.Option(help="JSON lines: image (a file of --images), truthful and invented (captions of it)."),
@@ -34,27 +33,25 @@ def vti_command(
     mask: Annotated[float, typer.Option(help="Share of the patches that a copy loses.")] = 0.99,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
     prompt: Annotated[str, typer.Option(help="Prompt beside every picture.")] = calibrate.PROMPT,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     save_to: Annotated[
         Path | None, typer.Option(help="Write mmfix-vti.safetensors into this model folder, not into the user's cache.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Find the directions along which `vti` steers a model, and keep them for it."""
-    if limit < 1 or trials < 1 or not 0 < mask < 1:
-        raise UsageError("--limit and --trials: give numbers of 1 or more; --mask: a share between 0 and 1")
+    positive(limit=limit, trials=trials)
+    if not 0 < mask < 1:
+        raise UsageError(f"--mask {mask:g}: give a share between 0 and 1")
     if pairs is not None and images is None:
         raise UsageError("--pairs names pictures of a folder; give it with --images")
     captioned = _tinyworld(limit) if images is None else [] if pairs is None else list(_read(pairs, images, limit))
     pictures = [picture for picture, _, _ in captioned] or list(calibrate.pictures_of(images, limit))
     from mmfix import directions
     from mmfix.families import describe
-    from mmfix_decoding import Decoder
-    from mmfix_evals.cli.quiet import hush
 
-    hush()
-    decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
+    decoder = load(model, device, dtype)
     family = describe(decoder.model)
     text, count = None, 0
     if captioned:
