@@ -143,8 +143,9 @@ def expand(texts: Sequence[str]) -> dict[str, bool]:
 def choose(texts: Sequence[str], decoder: Any, supplied: Collection[str] = ()) -> tuple[list[Arm], dict[str, str]]:
     """The arms for a decoder, and the members of groups that cannot run on it with the reason.
 
-    arm = resolve(text, model, evaluated=True)
-    if not named and text not in supplied and model is not None and arm.methods:
+    A method that was named itself is never left out: what it lacks is an error when it runs. Nor is one of `supplied`,
+    the methods that every task of the run gives what they lack. The control of methods that search goes with the last
+    of them.
     """
     import mmfix
     from mmfix.errors import MmfixError
