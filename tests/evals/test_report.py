@@ -20,7 +20,7 @@ from mmfix_evals.compare import Comparison
 from mmfix_evals.errors import DataError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
-from mmfix_evals.report import measures, plots
+from mmfix_evals.report import drawing, measures, plots
 from mmfix_evals.report.browser import groups, marked
 from mmfix_evals.report.latex import differences, escape
 from mmfix_evals.run import run
@@ -251,11 +251,11 @@ def test_captions_of_equal_length_are_a_latex_table() -> None:
 
 def test_a_legend_of_many_methods_takes_no_room_from_the_plot() -> None:
     def drawn(methods: int) -> tuple[float, str]:
-        figure, (axis,) = plots._figure(1)
+        figure, (axis,) = drawing.panels_of(1)
         for n in range(methods):
-            look = plots.COLOURS[n % len(plots.COLOURS)]
-            plots._point(axis, look, f"method:with=a-long-parameter-{n}", (1 + n, None, None), (n, None, None))
-        text = plots._svg(figure)
+            look = drawing.COLOURS[n % len(drawing.COLOURS)]
+            drawing.point(axis, look, f"method:with=a-long-parameter-{n}", (1 + n, None, None), (n, None, None))
+        text = drawing.svg_of(figure)
         figure.draw_without_rendering()
         return axis.get_window_extent().height, text
 
