@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmfix import hidden, prepending
+from mmfix import handing, hidden, prepending
 from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.families import Family
 from mmfix.hooks import NAME, register_attention
@@ -52,6 +52,8 @@ def install(family: Family, session: Session, snapshot: Snapshot, stack: ExitSta
         _install_vision(family, session.vision, stack)
     if session.vision is not None and session.watch is not None and "tower" not in session.vision.parts:
         _install_looking(family, session.vision, "tower", stack)
+    if session.expander is not None:
+        handing.install(family, stack)
     if family.outer is not None:
         outer = Outer(family, session)
         if session.expander is not None:

@@ -246,17 +246,14 @@ class Vision:
         if self.family.cross_layers:
             return self._encode_crossed(kwargs)
         base = self.family.model.base_model
-        if "mm_encoder_outputs" not in inspect.signature(self.family.model.forward).parameters:
-            raise UnsupportedModel(
-                f"{self.family.name}.forward takes no mm_encoder_outputs, so branches cannot share the encoded "
-                "picture; update transformers"
-            )
-        wanted = [name for name in inspect.signature(base.get_image_features).parameters if name in kwargs]
+        known = inspect.signature(base.get_image_features).parameters
+        passed = inspect.signature(base.forward).parameters  # sizes may go on under no name of their own
+        wanted = [name for name in (*known, "image_sizes") if name in kwargs and (name in known or name in passed)]
         given = {name: kwargs[name] for name in wanted if name != "kwargs"}
         rest = {name: value for name, value in kwargs.items() if name not in given}
         if kwargs.get("position_ids") is None and hasattr(base, "compute_3d_position_ids"):
-            known = inspect.signature(base.compute_3d_position_ids).parameters
-            rest["position_ids"] = base.compute_3d_position_ids(**{name: kwargs.get(name) for name in known})
+            asked = inspect.signature(base.compute_3d_position_ids).parameters
+            rest["position_ids"] = base.compute_3d_position_ids(**{name: kwargs.get(name) for name in asked})
         outputs = dict(kwargs.get("mm_encoder_outputs") or {})
         if given.get("pixel_values") is not None:
             self.encoding = True

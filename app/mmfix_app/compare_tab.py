@@ -75,8 +75,7 @@ class CompareTab:
 
     def _choose(self, event: gr.EventData) -> tuple[str, str]:
         index = int(event.index) if str(event.index).isdigit() else 0
-        paths = gallery.write(Path(gr.utils.get_upload_folder()) / "gallery")
-        return str(paths[index % len(paths)]), ""
+        return str(gallery.renewed(Path(gr.utils.get_upload_folder()) / "gallery", index)), ""
 
     def _look(self, path: str | None) -> str:
         """Say at once what is wrong with an uploaded picture."""

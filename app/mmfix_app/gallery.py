@@ -82,6 +82,13 @@ def write(folder: Path) -> list[Path]:
     return paths
 
 
+def renewed(folder: Path, index: int) -> Path:
+    """One of the gallery's files, young again: gradio removes what a visitor chose like an upload, after its time."""
+    path = write(folder)[index % len(pictures())]
+    path.touch()
+    return path
+
+
 def strip() -> str:
     """The gallery as buttons in a row."""
     buttons = [

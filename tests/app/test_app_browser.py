@@ -197,6 +197,7 @@ def test_stopping_in_mid_stream_frees_the_model(page: Any, monkeypatch: pytest.M
         pace(slowed, halt=6)
         page.locator("#run").click()
         page.locator('#stage .stage[data-state="running"]').wait_for()
+        page.locator('.side[data-side="plain"] .answer .tok').first.wait_for()
         page.locator("#stop").click()
         page.locator('#stage .stage[data-state="stopped"]').wait_for()
         shown = words(page, "plain")

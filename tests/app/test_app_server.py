@@ -148,11 +148,19 @@ def test_an_uploaded_picture_is_gone_after_its_time(
     with monkeypatch.context() as clock:
         clock.setattr(gradio.route_utils, "datetime", Later)
         assert wait(lambda: not any(found.exists() for found in uploaded))
-    scenes = {found for found in before if found.parent.name == "gallery"}
-    assert scenes
-    assert all(found.exists() for found in scenes)  # they are nobody's upload
+    assert (folder / "gallery" / SCENE.name).exists()  # what the page opens with is nobody's upload
     assert client.predict(*asked, api_name="/compare")["answers"]
     assert any(found.exists() for found in uploaded)  # a young file is left alone
+
+
+def test_a_chosen_picture_of_the_gallery_is_young_again(tmp_path: Path) -> None:
+    """As one that was just uploaded: it must outlast the queue, however long the app has been running."""
+    first = gallery.renewed(tmp_path, 1)
+    os.utime(first, (0, 0))
+    assert gallery.renewed(tmp_path, 1 + len(gallery.pictures())) == first
+    assert time.time() - first.stat().st_mtime < 60
+    first.unlink()
+    assert gallery.renewed(tmp_path, 1).exists()
 
 
 def wait(found: Callable[[], Any], seconds: float = 20) -> Any:
