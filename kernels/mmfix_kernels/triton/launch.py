@@ -107,7 +107,7 @@ class Launch(Arguments):
         _, h, length, d = self.call.query.shape
         items, h_kv, keys, _ = part.key.shape
         rows = h // h_kv * length * part.branches
-        tile = plans.decode_tile(rows, power_of_two(d), self.query.dtype == torch.float32, plan)
+        tile = plans.decode_tile(rows, power_of_two(d), self.query.dtype == torch.float32, plan, self.major)
         tiles = -(-rows // tile.rows)
         chunk = chunk_of(keys, items * h_kv * tiles, self.device, tile.keys)
         arguments = self.stream(plan, 0, length, tile, fold=True, part=part) | {"chunk": chunk}

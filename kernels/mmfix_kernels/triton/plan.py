@@ -281,6 +281,8 @@ def prefill_tile(width: int, plan: Plan, wide_scores: bool, masked: bool = False
         return Tile(64, 32, 8, 2) if plan.accumulators <= 2 else Tile(32, 32, 8, 2)
     if width < 128:
         return Tile(128, 64, 4, 3) if plan.accumulators == 1 else Tile(64, 32, 4, 2)
+    if plan.accumulators == 1 and masked and plan.scores and major > 9:
+        return Tile(64, 32, 8, 2)
     if plan.accumulators == 1:
         return Tile(128, 32, 8, 3) if masked or major < 9 else Tile(128, 64, 8, 3)
     if plan.accumulators > 3 or (plan.map_bits and major < 9) or (plan.moves and masked and major >= 9):
@@ -288,11 +290,13 @@ def prefill_tile(width: int, plan: Plan, wide_scores: bool, masked: bool = False
     return Tile(64, 32, 8, 1 if plan.moves and major > 9 else 2)  # 64 keys at once would spill
 
 
-def decode_tile(rows: int, width: int, wide_scores: bool, plan: Plan) -> Tile:
-    """Tile of the decode kernel for the folded row count."""
+def decode_tile(rows: int, width: int, wide_scores: bool, plan: Plan, major: int = 9) -> Tile:
+    """Tile of the decode kernel for the folded row count; the rest as for :func:`prefill_tile`."""
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if width >= 256:
         tall = min(tall, 32)
     keys = 32 if width >= 128 or wide_scores else 64
+    if width >= 128 and plan.map_bits & RELEASED and major > 9:  # 32 would spill
+        keys = 16
     stages = 2 if plan.scores and plan.moves else 3  # three blocks in flight would spill where both are there
     return Tile(tall, keys, 4, 1 if wide_scores else stages)
