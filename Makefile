@@ -34,7 +34,7 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 demo: $(STAMP) ## evaluate greedy, var and vhr on the bundled model and print the table
 	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chair --methods greedy,var,vhr \
