@@ -31,6 +31,8 @@ class Paced:
         for count, event in enumerate(self._stream):
             if count == self._halt:
                 assert self._go.wait(60), "nobody cancelled"
+            if self._go.is_set():
+                continue  # made ahead of the reader, before the stop: a slower model would not have
             time.sleep(self._pause)
             yield event
         assert self._halt is None or self._go.is_set(), f"the answer ended before token {self._halt}: nothing to stop"
