@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mmfix import focal
-from mmfix.beams import Beams
+from mmfix.beams import Beams, Ending
 from mmfix.errors import MethodError, UnsupportedModel, UsageError
 from mmfix.focuser import Focuser
 from mmfix.recalling import Call
 from mmfix.refocusing import Run
-from mmfix.rows import check, ending_of
 from mmfix.searching import Searching
 
 if TYPE_CHECKING:
@@ -58,22 +57,14 @@ class Focusing(Searching):
         self.call = Call.read(args, kwargs, self.session.family, self.rules.owner)
         return new
 
-    def run(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
+    def search(
+        self, model: Any, input_ids: Tensor, processors: Any, config: Any, ending: Ending, given: dict[str, Any]
     ) -> Any:
-        check(generation_config, model_kwargs)
-        count = generation_config.num_beams or 1
-        ending = ending_of(generation_config, stopping_criteria, input_ids.shape[1])
+        count = config.num_beams or 1
         if count == 1:
             ending = dataclasses.replace(ending, early_stopping=True)  # greedy decoding ends with its first end
         focusers = [Focuser(ending, Beams.begin(ids, count)) for ids in input_ids[::count]]
         try:
-            return Run(self, model, input_ids, generation_config, logits_processor, model_kwargs, focusers).run()
+            return Run(self, model, input_ids, config, processors, given, focusers).run()
         finally:
             self.call = None

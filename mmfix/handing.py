@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfix.families import Family
+from mmfix.restore import override
 
 ARGUMENT = "mm_encoder_outputs"
 
@@ -51,8 +52,8 @@ def install(family: Family, stack: ExitStack) -> None:
         finally:
             waiting.pop()
 
-    _put(base, "get_image_features", get_image_features, stack)
-    _put(model, "forward", with_encoded, stack)
+    override(base, "get_image_features", get_image_features, stack)
+    override(model, "forward", with_encoded, stack)
 
 
 def _apart(encoded: Any, tokens: int) -> Any:
@@ -63,11 +64,3 @@ def _apart(encoded: Any, tokens: int) -> Any:
     found = copy.copy(encoded)
     found.pooler_output = flat.view(-1, tokens, flat.shape[-1])
     return found
-
-
-def _put(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
-    if name in owner.__dict__:
-        stack.callback(owner.__dict__.__setitem__, name, owner.__dict__[name])
-    else:
-        stack.callback(owner.__dict__.pop, name, None)
-    owner.__dict__[name] = value

@@ -17,7 +17,7 @@ from mmfix.families import Family
 from mmfix.hooks import NAME, register_attention
 from mmfix.layers import LayerState
 from mmfix.outer import Outer
-from mmfix.restore import ATTRIBUTE, PrivateConfigs, Snapshot
+from mmfix.restore import ATTRIBUTE, PrivateConfigs, Snapshot, override
 from mmfix.session import Session
 from mmfix.vision import TowerState, Vision
 
@@ -98,8 +98,7 @@ def _install_vision(family: Family, vision: Vision, stack: ExitStack) -> None:
     """Catch pixels where they are encoded and, where a branch edits the tower, replace its attention."""
     base = family.model.base_model
     if hasattr(base, "get_image_features"):
-        stack.callback(base.__dict__.pop, "get_image_features", None)
-        base.__dict__["get_image_features"] = vision.wrapped(base.get_image_features)
+        override(base, "get_image_features", vision.wrapped(base.get_image_features), stack)
     if not vision.edits_tower:
         return
     for part in sorted(vision.parts):
@@ -119,13 +118,9 @@ def _install_looking(family: Family, vision: Vision, part: str, stack: ExitStack
 def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
     """Calls of the model that pass its hooks by: compiled decoding, and continuous batching (refused)."""
 
-    def override(name: str, function: Callable[..., Any]) -> None:
+    def replace(name: str, function: Callable[..., Any]) -> None:
         if hasattr(model, name):
-            if name in model.__dict__:  # somebody else's override comes back
-                stack.callback(model.__dict__.__setitem__, name, model.__dict__[name])
-            else:
-                stack.callback(model.__dict__.pop, name, None)
-            model.__dict__[name] = function
+            override(model, name, function, stack)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise MmfixError(
@@ -166,7 +161,7 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
         with session.turn.generation():
             return original_generate(*args, **kwargs)
 
-    override("generate", generate)
+    replace("generate", generate)
     prefill = getattr(model, "_prefill", None)
     if prefill is not None:
 
@@ -178,10 +173,10 @@ def _install_calls(model: Any, session: Session, stack: ExitStack) -> None:
             finally:
                 session.turn.prefilling = False
 
-        override("_prefill", prefilling)
-    override("get_compiled_call", get_compiled_call)
-    override("generate_batch", refuse)
-    override("init_continuous_batching", refuse)
+        replace("_prefill", prefilling)
+    replace("get_compiled_call", get_compiled_call)
+    replace("generate_batch", refuse)
+    replace("init_continuous_batching", refuse)
 
 
 def _entering(state: LayerState) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -95,3 +96,12 @@ def _traits(module: nn.Module) -> dict[str, int | None]:
 def _listed(faults: list[str]) -> str:
     more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
     return "; ".join(faults[:5]) + more
+
+
+def override(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
+    """Put an attribute on one instance; `stack` takes it away, or puts back what somebody else had put there."""
+    if name in owner.__dict__:
+        stack.callback(owner.__dict__.__setitem__, name, owner.__dict__[name])
+    else:
+        stack.callback(owner.__dict__.pop, name, None)
+    owner.__dict__[name] = value

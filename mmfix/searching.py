@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmfix.beams import Ending
 from mmfix.errors import MmfixError, UnsupportedModel, UsageError
 from mmfix.inputs import rows_for
 from mmfix.rows import Rows, check, ending_of, output, processed
@@ -88,7 +89,6 @@ class Searching(ABC):
             kwargs["num_beams"] = self.beams
         return kwargs
 
-    @abstractmethod
     def run(
         self,
         model: Any,
@@ -99,6 +99,15 @@ class Searching(ABC):
         **model_kwargs: Any,
     ) -> Any:
         """The loop that ``generate()`` calls."""
+        check(generation_config, model_kwargs)
+        ending = ending_of(generation_config, stopping_criteria, input_ids.shape[1])
+        return self.search(model, input_ids, logits_processor, generation_config, ending, model_kwargs)
+
+    @abstractmethod
+    def search(
+        self, model: Any, input_ids: Tensor, processors: Any, config: Any, ending: Ending, given: dict[str, Any]
+    ) -> Any:
+        """The same; `given` is what the model is called with, `ending` when hypotheses end."""
 
 
 class OverTrusting(Searching):
@@ -115,27 +124,19 @@ class OverTrusting(Searching):
     def passes(self) -> float:
         return 1.0 + self.rules.candidates
 
-    def run(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
+    def search(
+        self, model: Any, input_ids: Tensor, processors: Any, config: Any, ending: Ending, given: dict[str, Any]
     ) -> Any:
-        count = generation_config.num_beams or 1
-        check(generation_config, model_kwargs)
-        ending = ending_of(generation_config, stopping_criteria, input_ids.shape[1])
+        count = config.num_beams or 1
         searchers = [Searcher(self.rules, ending, Trail.begin(ids, count)) for ids in input_ids[::count]]
-        rows = Rows(model, self.watch, model_kwargs)
+        rows = Rows(model, self.watch, given)
         # Edits are made for the rows of a prompt: where no other method has any, one row stands for its beams.
         alone = len(self.session.methods) == 1 and not self.session.telemetry
-        logits = rows.prompt(input_ids, generation_config, count if alone else 1)
+        logits = rows.prompt(input_ids, config, count if alone else 1)
         image = rows_for(self._image(), len(input_ids))
         newest = logits.new_zeros(len(input_ids), rows.keys)
         while not all(one.beams.done for one in searchers):
-            self._choose(searchers, rows, logits, newest, image, logits_processor)
+            self._choose(searchers, rows, logits, newest, image, processors)
             if all(one.beams.done for one in searchers):
                 break
             if any(one.again for one in searchers):
@@ -147,7 +148,7 @@ class OverTrusting(Searching):
         for one in searchers:
             self.counts[0] += one.changed
             self.counts[1] += one.seen
-        return output(searchers, generation_config, input_ids, rows.cache)
+        return output(searchers, config, input_ids, rows.cache)
 
     def _image(self) -> Tensor:
         """Bool[rows, prompt keys]: where the picture is."""
