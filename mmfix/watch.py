@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmfix.distinct import spread
 from mmfix.errors import MmfixError, UnsupportedModel
 from mmfix.spans import TokenSpans
 from mmfix.tower import cls_attention, has_class_token
@@ -60,7 +61,7 @@ class TowerWatch:
             return
         if inputs["mask"] is not None:
             raise UnsupportedModel(f"{self.family.name}: the tower masks patches, so its class token cannot be read")
-        self.maps[layer] = cls_attention(inputs)
+        self.maps[layer] = spread(cls_attention(inputs))
         self.fresh = True
 
     def ask(self, state: LayerState) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 import mmfix
+from mmfix.distinct import encoding_once
 from mmfix.errors import UsageError
 from mmfix_decoding import loading, prompts
 from mmfix_decoding.answer import Answer, cut
@@ -372,11 +373,12 @@ class Decoder:
     @contextmanager
     def _mitigation(self, telemetry: bool) -> Iterator[mmfix.Mitigation | None]:
         """The decoder's method on the model; the untouched model when there is neither method nor telemetry."""
-        if self.method is None and not telemetry:
-            yield None
-            return
-        with mmfix.mitigate(self.model, self.method, processor=self.processor, telemetry=telemetry) as fix:
-            yield fix
+        with encoding_once(self.model):
+            if self.method is None and not telemetry:
+                yield None
+                return
+            with mmfix.mitigate(self.model, self.method, processor=self.processor, telemetry=telemetry) as fix:
+                yield fix
 
 
 def _known(method: MethodLike) -> MethodLike:

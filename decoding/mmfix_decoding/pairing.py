@@ -29,6 +29,7 @@ from transformers import (
 import mmfix
 from mmfix import Method
 from mmfix.confine import confine
+from mmfix.distinct import encoding_once
 from mmfix.errors import ConflictError, UsageError
 from mmfix.recording import AttentionRecorder, record_attention
 from mmfix_decoding import prompts
@@ -182,6 +183,7 @@ def _run(
 ) -> Report:
     model, processor = decoder.model, decoder.processor
     with ExitStack() as stack:
+        stack.enter_context(encoding_once(model))
         fix = stack.enter_context(mmfix.mitigate(model, methods, processor=processor, telemetry=True))
         recorder = stack.enter_context(record_attention(model))
         inputs = prompts.encode([request] * len(sides), processor, model)
