@@ -1,7 +1,7 @@
 """The rows of a search as the model sees them: their cache, tokens tried and taken back, answers computed again.
 
 Prompts of a batch go back by themselves: their rows then differ in length, and the gap behind a shorter one's prompt is
-masked. The cache is cropped after each try, never copied.
+masked. The cache grows in place and is cropped after each try.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmfix.beams import Beams, Ending
 from mmfix.errors import UnsupportedModel, UsageError
+from mmfix.growing import GrowingLayer
 
 _OWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -64,6 +65,7 @@ class Rows:
         check_cache(self.cache)
         if alike > 1:
             self.cache.batch_repeat_interleave(alike)
+        self.cache.layers[:] = [GrowingLayer.of(layer) for layer in self.cache.layers]
         logits: Tensor = output.logits[:, -1].float().repeat_interleave(alike, dim=0)
         rows, self.keys = len(logits), int(self.cache.get_seq_length())
         mask, positions = self.given.get("attention_mask"), self.given.get("position_ids")
@@ -98,7 +100,9 @@ class Rows:
         count = len(self.valid) // len(answers)
         stay = torch.arange(count, device=self.valid.device)
         parents = [stay if one.beams.done or one.parents is None else one.parents for one in answers]
-        self.cache.reorder_cache(torch.cat([b * count + order for b, order in enumerate(parents)]))
+        order = torch.cat([b * count + own for b, own in enumerate(parents)])
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            self.cache.reorder_cache(order)
 
     def restart(self, answers: Sequence[Answering]) -> None:
         """Compute the answers again from the end of the prompt, all but their newest tokens; short ones stand right."""
@@ -254,7 +258,8 @@ def check(config: Any, model_kwargs: dict[str, Any]) -> None:
 def check_cache(cache: Any) -> None:
     from transformers.cache_utils import DynamicLayer
 
-    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    able = (DynamicLayer, GrowingLayer)
+    kinds = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in able})
     if kinds:
         raise UnsupportedModel(
             f"the search takes tokens back from the cache, which {', '.join(kinds)} cannot; leave cache_implementation "

@@ -19,6 +19,8 @@ from mmfix_evals.samples import Sample
 from mmfix_evals.shards import cut
 from mmfix_evals.tasks import Document
 
+WARM_UP_PROMPTS = 4
+
 
 @dataclass
 class Worker:
@@ -43,7 +45,7 @@ class Worker:
         for arm in arms:
             if (one.task.name, arm.name) not in self._warm:
                 self._warm.add((one.task.name, arm.name))
-                piece = batch[: self.limits.get(one.task.name, len(batch))]
+                piece = batch[: min(WARM_UP_PROMPTS, self.limits.get(one.task.name, len(batch)))]
                 try:
                     warm_up(self.decoders[arm.name], one, arm, piece)
                 except Exception as problem:
