@@ -137,7 +137,7 @@ def in_use(model: Any, method: Method) -> dict[str, Any] | None:
         if field in default and frozen(value) == getattr(method, field) != default[field]
     }
     if not used:
-        return None
+        return method.measured(describe(model))
     record = stored.get("calibrations", {}).get(method.info.name, {})
     return {"values": used, **{name: record[name] for name in ("data", "data_sha256", "revision") if name in record}}
 

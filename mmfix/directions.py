@@ -6,6 +6,7 @@ The file is safetensors, ``mmfix-vti.safetensors`` in the model's own folder or 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
@@ -38,12 +39,14 @@ class Directions:
     Args:
         text: Float32[layers, hidden], from invented to truthful captions; None without captions.
         vision: Float32[tower layers, tokens or 1, width], from pictures to their masked copies; None when not asked.
-        facts: provenance: how many pictures, pairs and masks, the seed, the prompt, versions.
+        facts: provenance: how many pictures, pairs and masks, the seed, the prompt, hash of the data, versions.
+        identity: name and hash of the file that they were read from.
     """
 
     text: Tensor | None
     vision: Tensor | None
     facts: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
 
 def first_component(differences: Tensor) -> Tensor:
@@ -217,7 +220,8 @@ def load(family: Family, path: str | None = None) -> Directions:
         raise MethodError(f"{file} does not hold directions of mmfix; {again}")
     if facts.get("fingerprint") != _fingerprint(family):
         raise MethodError(f"{file} was made with another model than {name!r}; {again}, or give vti.directions")
-    return Directions(tensors.get("text"), tensors.get("vision"), facts)
+    identity = f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return Directions(tensors.get("text"), tensors.get("vision"), facts, identity)
 
 
 def _fingerprint(family: Family) -> list[Any]:

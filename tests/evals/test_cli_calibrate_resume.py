@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmfix import calibration, directions, sinksearch
+from mmfix.families import describe
 from mmfix_decoding import Decoder
+from mmfix_evals.arms import resolve
 
 Call = Callable[..., tuple[int, str, str]]
 PICTURES = 5
@@ -89,3 +92,16 @@ def test_parts_that_cannot_be_used_are_computed_again(
     assert f"{foreign} belongs to another model, other data or other parameters; that part is computed again" in errors
     kept = [(tmp_path / folder / calibration.FILE).read_bytes() for folder in ("whole", "resumed")]
     assert kept[0] == kept[1]
+
+
+def test_answers_with_other_directions_are_other_answers(bundled: Decoder, tmp_path: Path) -> None:
+    """Directions found again lie under the same name; what was answered with the old ones is not taken for theirs."""
+    own = directions.load(describe(bundled.model))
+    arms = []
+    for factor in (1, 2, 1):
+        assert own.text is not None
+        path = directions.save(bundled.model, replace(own, text=own.text * factor), tmp_path)
+        arms.append(resolve(f"vti:directions={path}", bundled.model))
+    assert arms[0].spec == arms[2].spec != arms[1].spec
+    assert "directions" in arms[0].spec[0]["measured"]
+    assert "measured" not in resolve("vhr", bundled.model).spec[0]
