@@ -1,4 +1,4 @@
-"""Facts about one model that a method needs and that must be measured: attention-sink dimensions.
+"""Facts about one model that methods need and that must be measured, such as attention-sink dimensions: as files.
 
 They are looked for in this order: built in (published), ``mmfix.json`` in the model's own folder, the user's cache
 (written by ``mmfix calibrate``).
@@ -9,13 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family, describe
@@ -49,7 +45,8 @@ class SinkCalibration:
         sink_phi: median phi of the tokens that collect attention.
         other_phi: 99th percentile of phi over the other tokens.
         sinks_per_prompt: mean number of prompt tokens above tau, per layer and prompt.
-        image_sinks_per_prompt: how many of them are image tokens.
+        image_sinks_per_prompt: how many of them are image tokens. Both are estimates where prompts are long: of tokens
+            that are no sinks by their attention, a sample is looked at.
         prompts: prompts looked at.
     """
 
@@ -82,8 +79,8 @@ def sink_dimensions(family: Family) -> tuple[int, ...]:
     if found:
         return tuple(int(d) for d in found["sink_dims"])
     raise MethodError(
-        f"the sink dimensions of {_name(family.whole)!r} are not known; run "
-        f"`mmfix calibrate sinks --model {_name(family.whole)}`, or give var.sink_dims"
+        f"the sink dimensions of {model_name(family.whole)!r} are not known; run "
+        f"`mmfix calibrate sinks --model {model_name(family.whole)}`, or give var.sink_dims"
     )
 
 
@@ -125,7 +122,7 @@ def keep(model: Any, name: str, values: dict[str, Any], record: dict[str, Any], 
     """
     path = folder / FILE if folder is not None else _cache_file(model)
     known = _read(path).get("calibrations", {}) if path.is_file() else {}
-    full = {"method": name, "model": Path(_name(model)).name, **record, "values": values}
+    full = {"method": name, "model": Path(model_name(model)).name, **record, "values": values}
     return _merge(path, model, {"calibrations": {**known, name: full}}, name, values)
 
 
@@ -140,7 +137,7 @@ def in_use(model: Any, method: Method) -> dict[str, Any] | None:
         if field in default and frozen(value) == getattr(method, field) != default[field]
     }
     if not used:
-        return None
+        return method.measured(describe(model))
     record = stored.get("calibrations", {}).get(method.info.name, {})
     return {"values": used, **{name: record[name] for name in ("data", "data_sha256", "revision") if name in record}}
 
@@ -149,117 +146,24 @@ def _merge(path: Path, model: Any, parts: dict[str, Any], name: str, values: dic
     """Write parts of a calibration file and leave its other parts as they are."""
     old = _read(path) if path.is_file() else {}
     methods = {**old.get("methods", {}), name: values}
-    return write_json(path, {**old, "model": Path(_name(model)).name, **parts, "methods": methods})
+    return write_json(path, {**old, "model": Path(model_name(model)).name, **parts, "methods": methods})
 
 
-def find_sinks(
-    model: Any,
-    batches: Iterable[dict[str, Tensor]],
-    first_layer: int = 2,
-    progress: Callable[[int], None] = lambda done: None,
-) -> SinkCalibration:
-    """Find a model's sink dimensions from a few prompts.
-
-    A sink is a prompt token that receives, averaged over heads and over the rows that may see it, at least ten times
-    the attention of the median token of its prompt. The dimensions are those (at most two) in which sinks are larger
-    than 99 % of the other tokens by the largest factor, with x measured as ``|x_d| / RMS(x)``.
-
-    Args:
-        model: a vision-language model in evaluation mode.
-        batches: processor outputs (``input_ids``, ``pixel_values``, …), with images.
-        first_layer: layers before it are not looked at (their inputs are still embeddings).
-        progress: told the prompts done.
-
-    Raises:
-        MmfixError: no prompt was given, or no token stands out.
-    """
-    family = describe(model)
-    if family.num_layers < first_layer + 2:
-        raise MmfixError(
-            f"{_name(model)!r} has {family.num_layers} layers and sinks are looked for from layer {first_layer} to the "
-            f"last but one; use a model of at least {first_layer + 2} layers"
-        )
-    sinks, others, phi_all, image_all = [], [], [], []
-    prompts = 0
-    for batch in batches:
-        hidden, received, valid, image = attention_received(family, batch)
-        prompts += valid.shape[0]
-        for layer in range(first_layer, family.num_layers - 1):
-            x = hidden[layer].float()
-            phi = x.abs() / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
-            median = received[layer].masked_fill(~valid, float("nan")).nanmedian(-1, keepdim=True).values
-            sink = (received[layer] >= 10 * median) & valid
-            sinks.append(phi[sink])
-            others.append(phi[valid & ~sink])
-            phi_all.append(phi)
-            image_all.append((valid, image))
-        progress(valid.shape[0])
-    if not prompts:
-        raise MmfixError("no prompts to calibrate on; give at least one picture")
-    inside, outside = torch.cat(sinks), torch.cat(others)
-    if not len(inside):
-        raise MmfixError(
-            f"no token of {_name(model)!r} collects ten times the median attention: the model shows no attention "
-            "sinks, and VAR has nothing to move; use another method"
-        )
-    typical = torch.quantile(
-        outside[torch.randperm(len(outside), generator=torch.Generator().manual_seed(0))[:20000].to(outside.device)],
-        0.99,
-        dim=0,
-    )
-    strength = inside.median(0).values
-    order = (strength / typical.clamp(min=1e-6)).argsort(descending=True)
-    dims = [int(order[0])]
-    if strength[order[1]] / typical[order[1]] >= 0.5 * strength[order[0]] / typical[order[0]]:
-        dims.append(int(order[1]))
-    sink_phi = float(inside[:, dims].amax(-1).median())
-    other_phi = float(torch.quantile(outside[:, dims].amax(-1)[:100_000], 0.99))
-    tau = min(20.0, round((sink_phi * max(other_phi, 1e-6)) ** 0.5, 3))
-    above = [(phi[..., dims].amax(-1) >= tau) & valid for phi, (valid, _) in zip(phi_all, image_all, strict=True)]
-    images = [a & image for a, (_, image) in zip(above, image_all, strict=True)]
-    looked = max(1, sum(a.shape[0] for a in above))
-    return SinkCalibration(
-        sink_dims=tuple(sorted(dims)),
-        tau=tau,
-        sink_phi=sink_phi,
-        other_phi=other_phi,
-        sinks_per_prompt=float(sum(a.sum() for a in above)) / looked,
-        image_sinks_per_prompt=float(sum(a.sum() for a in images)) / looked,
-        prompts=prompts,
-    )
-
-
-def attention_received(family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Layer inputs [B, T, hidden] and attention received per key [B, T], for every layer of one prefill."""
-    decoder, model = family.decoder, family.whole
-    before = decoder.config._attn_implementation_internal
-    decoder.set_attn_implementation("eager")  # the only implementation that returns maps
-    try:
-        with torch.no_grad():
-            out = model(**batch, output_attentions=True, output_hidden_states=True, use_cache=False)
-    finally:
-        decoder.set_attn_implementation(before)
-    ids = batch["input_ids"]
-    valid = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    seen_by = valid.flip(-1).cumsum(-1).flip(-1).clamp(min=1)  # rows that may see a key
-    received = [(a.float().mean(1) * valid[:, :, None]).sum(1) / seen_by for a in out.attentions]
-    return list(out.hidden_states), received, valid, (ids == family.image_token_id) & valid
-
-
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
+    """What a model is called in messages, in files, and in the commands that a user is told to run."""
     return str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
 
 def _cache_file(model: Any) -> Path:
     family = describe(model)
-    key = hashlib.sha256(json.dumps([_name(model), *family.fingerprint]).encode()).hexdigest()[:16]
-    return cache_folder() / f"{Path(_name(model)).name}-{key}.json"
+    key = hashlib.sha256(json.dumps([model_name(model), *family.fingerprint]).encode()).hexdigest()[:16]
+    return cache_folder() / f"{Path(model_name(model)).name}-{key}.json"
 
 
 def _stored(model: Any) -> dict[str, Any]:
     """What is known of a model: from its own folder and, where that says nothing, from the user's cache."""
     found: dict[str, Any] = {}
-    for path in (Path(_name(model)) / FILE, _cache_file(model)):
+    for path in (Path(model_name(model)) / FILE, _cache_file(model)):
         if path.is_file():
             content = _read(path)
             joined = {part: {**content.get(part, {}), **found.get(part, {})} for part in ("methods", "calibrations")}

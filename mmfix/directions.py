@@ -6,11 +6,13 @@ The file is safetensors, ``mmfix-vti.safetensors`` in the model's own folder or 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from mmfix import calibration
 from mmfix.errors import MethodError, MmfixError
 from mmfix.families import Family, describe
+from mmfix.parts import Part, Parts
 from mmfix.steering import tower_layers
 from mmfix.storage import write_bytes
 
@@ -36,12 +39,14 @@ class Directions:
     Args:
         text: Float32[layers, hidden], from invented to truthful captions; None without captions.
         vision: Float32[tower layers, tokens or 1, width], from pictures to their masked copies; None when not asked.
-        facts: provenance: how many pictures, pairs and masks, the seed, the prompt, versions.
+        facts: provenance: how many pictures, pairs and masks, the seed, the prompt, hash of the data, versions.
+        identity: name and hash of the file that they were read from.
     """
 
     text: Tensor | None
     vision: Tensor | None
     facts: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
 
 def first_component(differences: Tensor) -> Tensor:
@@ -61,25 +66,42 @@ def first_component(differences: Tensor) -> Tensor:
     return mean + torch.where(spread, torch.nn.functional.normalize(component, dim=-1), 0.0)
 
 
-def text_direction(family: Family, pairs: Iterable[tuple[Batch, Batch]]) -> tuple[Tensor, int]:
+def text_direction(
+    family: Family,
+    pairs: Iterable[tuple[Batch, Batch]],
+    progress: Callable[[int], None] = lambda done: None,
+    parts: Parts | None = None,
+) -> tuple[Tensor, int]:
     """Float32[layers, hidden] and the number of pairs.
 
     Args:
         pairs: inputs of a prompt with a truthful answer and of the same prompt with an invented one, one row each.
+        progress: told the pairs done.
+        parts: what an earlier call with the same pairs left; None keeps nothing.
     """
-    found = []
-    for truthful, invented in pairs:
-        good, bad = (
-            torch.cat([s[0, -1] for s in outputs(family.whole, family.layers, b)]) for b in (truthful, invented)
-        )
-        found.append(good - bad)
+    parts = Parts() if parts is None else parts
+    found: list[Tensor] = []
+    for number, pair in enumerate(pairs):
+        found.append(parts.get(f"text-{number:05d}", partial(_told, family, *pair))["difference"])
+        progress(1)
     if not found:
         raise MmfixError("no pairs of captions to calibrate on; give at least one")
     return first_component(torch.stack(found)).view(family.num_layers, -1), len(found)
 
 
+def _told(family: Family, truthful: Batch, invented: Batch) -> Part:
+    good, bad = (torch.cat([s[0, -1] for s in outputs(family.whole, family.layers, b)]) for b in (truthful, invented))
+    return {"difference": good - bad}
+
+
 def vision_direction(
-    family: Family, pictures: Iterable[Batch], trials: int = 50, share: float = 0.99, seed: int = 0
+    family: Family,
+    pictures: Iterable[Batch],
+    trials: int = 50,
+    share: float = 0.99,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+    parts: Parts | None = None,
 ) -> Tensor:
     """Float32[tower layers, tokens, width]: from the states of a picture to the mean of those of masked copies.
 
@@ -88,17 +110,27 @@ def vision_direction(
     Args:
         pictures: inputs with ``pixel_values`` of one picture each.
         trials: masked copies of each; share: patches that are masked in a copy, by the picture's mean.
+        progress: told the pictures done.
+        parts: what an earlier call with the same pictures and numbers left; None keeps nothing.
     """
     layers = tower_layers(family)
+    parts = Parts() if parts is None else parts
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    for picture in pictures:
-        pixels = picture["pixel_values"]
+
+    def difference(picture: Batch) -> Part:
         plain = _looked(family, layers, picture)
         total = torch.zeros_like(plain)
         for _ in range(trials):
-            total += _looked(family, layers, {**picture, "pixel_values": masked(family, pixels, share, generator)})
-        found.append(total / trials - plain)
+            pixels = masked(family, picture["pixel_values"], share, generator)
+            total += _looked(family, layers, {**picture, "pixel_values": pixels})
+        return {"difference": total / trials - plain, "generator": generator.get_state()}
+
+    found: list[Tensor] = []
+    for number, picture in enumerate(pictures):
+        part = parts.get(f"vision-{number:05d}", partial(difference, picture))
+        generator.set_state(part["generator"])  # a part of an earlier call drew its masks too
+        found.append(part["difference"])
+        progress(1)
     if not found:
         raise MmfixError("no pictures to calibrate on; give at least one")
     if len({tuple(one.shape) for one in found}) > 1 or found[0].shape[1] > _LONGEST:
@@ -168,7 +200,7 @@ def load(family: Family, path: str | None = None) -> Directions:
         MethodError: there are none, they are not readable, or they belong to another model.
     """
     model = family.whole
-    name = calibration._name(model)
+    name = calibration.model_name(model)
     cached = _cache_file(model)
     places = (Path(name) / FILE, cached) if path is None else (Path(path), Path(path) / cached.name)
     file = next((p for p in places if p.is_file()), None)
@@ -188,7 +220,8 @@ def load(family: Family, path: str | None = None) -> Directions:
         raise MethodError(f"{file} does not hold directions of mmfix; {again}")
     if facts.get("fingerprint") != _fingerprint(family):
         raise MethodError(f"{file} was made with another model than {name!r}; {again}, or give vti.directions")
-    return Directions(tensors.get("text"), tensors.get("vision"), facts)
+    identity = f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return Directions(tensors.get("text"), tensors.get("vision"), facts, identity)
 
 
 def _fingerprint(family: Family) -> list[Any]:

@@ -110,6 +110,13 @@ class Method:
         """This method with every default resolved for a model; raise ``MethodError`` when that cannot be done."""
         return self
 
+    def measured(self, family: Family) -> dict[str, Any] | None:
+        """What the method reads from a file of its own that was measured on this model; None for nothing.
+
+        ``{"values": {name: identity of the file}, "data": …, "data_sha256": …, "revision": …}``, what is known of it.
+        """
+        return None
+
     def edits(self, site: Site) -> Sequence[Edit]:
         """Edits of one layer, asked once per prompt and layer."""
         return ()

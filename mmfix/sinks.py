@@ -72,7 +72,7 @@ def observe(family: Family, inputs: dict[str, Tensor], dims: Sequence[int], tau:
         dims: the model's sink dimensions.
         tau: threshold on phi.
     """
-    from mmfix.calibration import attention_received
+    from mmfix.sinksearch import attention_received
 
     hidden, received, valid, image = attention_received(family, inputs)
     found = []

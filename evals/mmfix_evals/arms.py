@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmfix_evals.choices import unknown
 from mmfix_evals.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmfix import Method
 
 BASELINE = "greedy"
 BEAMS = 5  # of the control ``beam``
@@ -112,7 +115,15 @@ def resolve(text: str, model: Any = None, *, evaluated: bool = False) -> Arm:
             given = re.findall(r"[:,]\s*([A-Za-z_]\w*)\s*=", part)
             parsed = mmfix.calibrated(model, parsed.info.name, **{name: getattr(parsed, name) for name in given})
         methods.append(parsed)
-    return Arm(text, tuple(methods), tuple(mmfix.spec(method) for method in methods))
+    return Arm(text, tuple(methods), tuple(_spec(method, model) for method in methods))
+
+
+def _spec(method: Method, model: Any) -> dict[str, Any]:
+    """As :func:`mmfix.spec`, with what the method reads from a file: answers with another file are other answers."""
+    import mmfix
+
+    measured = None if model is None else method.measured(mmfix.describe(model))
+    return mmfix.spec(method) | ({} if measured is None else {"measured": measured["values"]})
 
 
 def members(text: str) -> tuple[str, ...]:

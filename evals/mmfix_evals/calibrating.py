@@ -14,6 +14,7 @@ import torch
 import mmfix
 from mmfix import headscores
 from mmfix.methods import ACT, SoFA
+from mmfix.parts import Parts
 from mmfix_evals import files, headdata
 from mmfix_evals.errors import DataError
 from mmfix_evals.fingerprint import fingerprint
@@ -41,9 +42,7 @@ class Partial:
     """
 
     def __init__(self, name: str, key: dict[str, Any]) -> None:
-        text = json.dumps(key, sort_keys=True)
-        folder = files.cache_dir() / "calibration"
-        self.path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.partial.jsonl"
+        self.path = _unfinished(name, key).with_suffix(".partial.jsonl")
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -66,6 +65,22 @@ class Partial:
     def done(self) -> None:
         """The calibration is complete: nothing is left to resume."""
         self.path.unlink(missing_ok=True)
+
+
+def parts(name: str, decoder: Any, key: dict[str, Any], say: Callable[[str], None]) -> Parts:
+    """Where a calibration that keeps tensors leaves what it has found, in the place of :class:`Partial`.
+
+    Args:
+        key: whatever decides the results, beside the model, its precision and this version.
+        say: told which of the parts found cannot be used.
+    """
+    full = {**identity(decoder), "dtype": str(decoder.model.dtype), "mmfix": mmfix.__version__, **key}
+    return Parts(_unfinished(name, full).with_suffix(".partial"), full, say)
+
+
+def _unfinished(name: str, key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return files.cache_dir() / "calibration" / f"{name}-{digest[:16]}"
 
 
 def identity(decoder: Any) -> dict[str, Any]:

@@ -31,13 +31,13 @@ class Reporter:
         )
         self._task = None if self._progress is None else self._progress.add_task("", total=None, visible=False)
 
-    def start(self, name: str, total: int, done: int) -> None:
-        """A task of ``total`` answers begins, ``done`` of which exist already."""
+    def start(self, name: str, total: int, done: int, what: str = "answers", where: str = "samples.jsonl") -> None:
+        """A task of ``total`` answers (or something else) begins, ``done`` of which exist already."""
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, total=total, completed=done, description=name, visible=True)
         elif not self.quiet:
-            found = f" ({done} of them found in samples.jsonl)" if done else ""
-            self.say(f"{name}: {total} answers{found} …")
+            found = f" ({done} of them found in {where})" if done else ""
+            self.say(f"{name}: {total} {what}{found} …")
 
     def advance(self, count: int) -> None:
         if self._progress is not None and self._task is not None:

@@ -31,6 +31,11 @@ class LQCD(Method):
     positions and its own cache. Equal questions give the clean logits. All prompts of a batch share the leading
     question. A prompt without an image keeps its logits.
 
+    Most of what it gains against sycophancy comes from the neutral question that it is told, not from the contrast:
+    whoever can name that question may ask it alone, in one pass, and no claim can then flip the answer. So read the
+    contrast from its accuracy against that of the plain model on the neutral question, not from a flip rate against the
+    plain model on the leading one.
+
     No code was released and the paper's numbers are not known to us; the defaults are those of visual contrastive
     decoding. The paper's second version scales alpha by the sentiment of the query, which is not built.
 

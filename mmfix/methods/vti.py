@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mmfix.directions import Directions, load
 from mmfix.errors import MethodError
@@ -74,6 +74,18 @@ class VTI(Method):
         ready = replace(self)
         object.__setattr__(ready, "found", found)
         return ready
+
+    def measured(self, family: Family) -> dict[str, Any] | None:
+        if not (self.steers or self.steers_tower):
+            return None
+        found = self.found
+        if found is None:
+            try:
+                found = load(family, self.directions)
+            except MethodError:
+                return None  # as prepare() will say
+        known = ("data", "data_sha256", "revision")
+        return {"values": {"directions": found.identity}, **{n: found.facts[n] for n in known if n in found.facts}}
 
     @property
     def steers(self) -> bool:

@@ -12,10 +12,11 @@ from support import vlm
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import mmfix
-from mmfix import calibration
-from mmfix.calibration import SinkCalibration, calibrated, find_sinks, sink_dimensions
+from mmfix import calibration, sinksearch
+from mmfix.calibration import SinkCalibration, calibrated, sink_dimensions
 from mmfix.errors import MethodError, MmfixError
 from mmfix.methods import VAR
+from mmfix.sinksearch import find_sinks
 from mmfix_kernels import Label
 
 FOUND = SinkCalibration(
@@ -84,6 +85,25 @@ def test_padding_does_not_change_what_is_found() -> None:
     assert padded.sink_dims == bare.sink_dims
     assert padded.sinks_per_prompt == bare.sinks_per_prompt
     assert padded.tau == pytest.approx(bare.tau, rel=0.05)
+
+
+def test_of_long_prompts_a_sample_is_kept() -> None:
+    """Counts are then estimates: tokens that were not drawn stand in those that were."""
+    model = plant({11: 60.0})
+    family, batch = mmfix.describe(model), prompts()[0]
+    whole = sinksearch._looked(family, batch, 2, 1000, 0)
+    part = sinksearch._looked(family, batch, 2, 7, 0)
+    assert (len(part["others"]), float(whole["share"])) == (7 * 2, 1.0)
+    assert float(part["share"]) == pytest.approx(14 / len(whole["others"]))
+    assert all((whole["others"] == row).all(1).any() for row in part["others"])
+    assert torch.equal(part["sinks"], whole["sinks"])
+    for image in (False, True):
+        drawn = part["other_image"].sum() if image else 14
+        assert sinksearch._above(part, [3], 0.0, image) == pytest.approx(
+            float(part["sink_image"].sum() if image else len(part["sinks"])) + float(drawn) * len(whole["others"]) / 14
+        )
+    assert int(whole["other_image"].sum()) == 2 * 9 * 2  # nine patches, two prompts, two layers
+    assert find_sinks(model, prompts(), rows=7).sink_dims == (11,)
 
 
 def test_finding_sinks_leaves_the_model_alone() -> None:

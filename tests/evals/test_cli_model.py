@@ -151,7 +151,7 @@ def test_calibrate_vti_writes_directions_where_vti_looks(call: Call, model: Path
     words = ["describe", pictures / "0.png", "--model", model, "--max-new-tokens", "3", "--method"]
     code, _, errors = call(*words, "vti")
     assert (code, "mmfix calibrate vti" in errors) == (2, True)
-    base = ["calibrate", "vti", "--model", model, "--images", pictures, "--trials", "2"]
+    base = ["calibrate", "vti", "--model", model, "--images", pictures, "--trials", "2", "--quiet"]
     code, printed, errors = call(*base)
     assert (code, errors, "alpha_text=0" in printed) == (0, "", True)
     assert call(*words, "vti:alpha_text=0")[0] == 0
@@ -160,6 +160,10 @@ def test_calibrate_vti_writes_directions_where_vti_looks(call: Call, model: Path
     assert (code, errors) == (0, "")
     found = json.loads(printed)
     assert (found["pairs"], found["pictures"], len(found["text"]), len(found["vision"])) == (2, 2, 2, 3)
+    told = [
+        headdata.Asked(one.picture, one.prompt, "a red square\0a blue cat") for one in headdata.described(pictures, 2)
+    ]
+    assert (found["data"], found["data_sha256"]) == ("own pictures", headdata.digest(told))
     assert call(*words, "vti")[0] == 0
     pairs.write_text('{"image": "9.png", "truthful": "a", "invented": "b"}')
     code, _, errors = call(*base, "--pairs", pairs)

@@ -238,12 +238,20 @@ def test_what_was_not_calibrated_is_refused(llava: Any, tmp_path: Path) -> None:
 
 def test_the_users_cache_and_provenance(llava: Any, file: str) -> None:
     """VTI-3: without a file the directions of the cache are taken; facts come back with them."""
-    path = directions.save(llava, Directions(torch.ones(vlm.LAYERS, vlm.HIDDEN), None, {"pairs": 7}))
+    facts = {"pairs": 7, "data": "own pictures", "data_sha256": "ab"}
+    path = directions.save(llava, Directions(torch.ones(vlm.LAYERS, vlm.HIDDEN), None, facts))
     assert str(path) == file
     assert directions.load(describe(llava)).facts["pairs"] == 7
     with mmfix.mitigate(llava, "vti", alpha_image=0.0) as fix:
         vlm.logits(llava, vlm.one())
     assert json.loads(json.dumps(fix.report().to_dict()))["methods"][0]["params"]["scale"] == 0.1  # VTI-1
+    told = fix.report().to_dict()["calibrated"]["vti"]
+    assert (told.pop("values")["directions"].split(",")[0], told) == (
+        path.name,
+        {"data": "own pictures", "data_sha256": "ab"},
+    )
+    with mmfix.mitigate(llava, "vti", scale=0.0) as fix:
+        assert fix.report().calibrated == {}
     with pytest.raises(MmfixError, match="choose a writable folder"):
         directions.save(llava, Directions(None, None), Path(file))
 

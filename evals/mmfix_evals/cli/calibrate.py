@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mmfix_evals.cli import options
-from mmfix_evals.cli.calibrate_common import load, positive
-from mmfix_evals.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mmfix_evals.cli.calibrate_common import begin, load, positive
 
 PROMPT = "Please describe this image in detail."
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 app = typer.Typer(
     help="Measure what a method must know of a model.",
@@ -47,24 +40,29 @@ def sinks_command(
 ) -> None:
     """Find the hidden dimensions in which attention sinks are massive, and keep them for `var`.
 
-    One prefill per picture and nothing of it is kept, so that a stopped run begins anew.
+    Stopped and started again, it goes on where it was.
     """
     positive(limit=limit, batch_size=batch_size)
     from mmfix_evals import headdata
 
     asked = headdata.described(images, limit, prompt)
-    from mmfix import calibration
+    from mmfix import calibration, sinksearch
     from mmfix_evals import calibrating
     from mmfix_evals.progress import Reporter
 
     decoder = load(model, device, dtype)
+    digest = headdata.digest(asked)
+    rows = sinksearch.rows_each(len(asked))
     with Reporter(quiet or as_json) as reporter, decoder.exclusive():
-        reporter.start("calibrate sinks", len(asked), 0)
+        key = {"data": digest, "batch_size": batch_size, "rows": rows}
+        parts = calibrating.parts("sinks", decoder, key, reporter.warn)
+        begin(reporter, "sinks", len(asked), "pictures", min(len(asked), len(parts) * batch_size))
         batches = (inputs for inputs, _ in headdata.batches(decoder, asked, batch_size))
-        found = calibration.find_sinks(decoder.model, batches, progress=reporter.advance)
+        found = sinksearch.find_sinks(decoder.model, batches, progress=reporter.advance, parts=parts, rows=rows)
     data = f"TinyWorld {headdata.SPLIT}" if images is None else "own pictures"
-    record = {**calibrating.identity(decoder), "data": data, "data_sha256": headdata.digest(asked)}
+    record = {**calibrating.identity(decoder), "data": data, "data_sha256": digest}
     path = calibration.save(decoder.model, found, save_to, record)
+    parts.done()
     if as_json:
         typer.echo(json.dumps({**asdict(found), **record, "file": str(path)}, indent=1))
         return
@@ -80,31 +78,3 @@ def sinks_command(
         typer.echo("to move. That is a fact about this model, not a setting to tune.")
     typer.echo(f"written to {path}")
     typer.echo(f"Next: mmfix describe PICTURE --model {model} --method var")
-
-
-def pictures_of(folder: Path | None, limit: int) -> Iterator[Image]:
-    if folder is None:
-        from mmfix_evals import tinyworld
-
-        for index in range(limit):
-            yield tinyworld.render(tinyworld.scene("dev", index))
-        return
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give --images a folder of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder}: holds no picture ({', '.join(SUFFIXES)}); give another folder")
-    from mmfix_decoding import load_image
-
-    for path in paths[:limit]:
-        yield load_image(path)
-
-
-def batches_of(decoder: Any, pictures: list[Image], prompt: str, size: int) -> Iterator[dict[str, Any]]:
-    """Processor outputs, as the decoder itself makes them."""
-    from mmfix_decoding import prompts
-
-    for first in range(0, len(pictures), size):
-        batch = pictures[first : first + size]
-        requests, _ = prompts.pair(batch, [prompt] * len(batch))
-        yield prompts.encode(prompts.load_images(requests), decoder.processor, decoder.model)

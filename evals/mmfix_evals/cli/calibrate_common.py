@@ -11,6 +11,7 @@ from mmfix_evals.errors import UsageError
 
 if TYPE_CHECKING:
     from mmfix_decoding import Decoder
+    from mmfix_evals.progress import Reporter
 
 
 def positive(**counts: int) -> None:
@@ -26,6 +27,13 @@ def load(model: str, device: str, dtype: str) -> Decoder:
 
     hush()
     return Decoder.from_pretrained(model, device=device, dtype=dtype)
+
+
+def begin(reporter: Reporter, name: str, total: int, what: str, found: int = 0) -> None:
+    """Say what is calibrated, on how much, and how much of it an earlier run has done."""
+    reporter.start(f"calibrate {name}", total, 0, what)
+    if found:
+        reporter.say(f"{found} of the {total} {what} were done by a run that was stopped; going on from there")
 
 
 def print_json(content: dict[str, Any]) -> None:

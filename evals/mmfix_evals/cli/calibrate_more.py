@@ -9,7 +9,7 @@ import typer
 
 from mmfix_evals.cli import options as shared
 from mmfix_evals.cli.calibrate import app
-from mmfix_evals.cli.calibrate_common import load, positive, print_json
+from mmfix_evals.cli.calibrate_common import begin, load, positive, print_json
 from mmfix_evals.errors import UsageError
 
 
@@ -47,7 +47,7 @@ def act_command(
     asked, data = calibrating.act_questions(images, questions, limit)
     decoder = load(model, device, dtype)
     with Reporter(quiet) as reporter:
-        reporter.start("calibrate act", len(calibrating.candidates(decoder)) + 2, 0)
+        begin(reporter, "act", len(calibrating.candidates(decoder)) + 2, "settings")
         found = calibrating.act(decoder, asked, chosen, reporter.advance, batch_size)
     path = calibration.keep(decoder.model, "act", found.values, {"data": data, **found.record}, save_to)
     if as_json:
@@ -104,7 +104,7 @@ def sofa_command(
     sigmas = calibrating.grid(step)
     decoder = load(model, device, dtype)
     with Reporter(quiet) as reporter:
-        reporter.start("calibrate sofa", len(sigmas), 0)
+        begin(reporter, "sofa", len(sigmas), "settings")
         found = calibrating.sofa(decoder, limit, sigmas, layers, reporter.advance, batch_size, own)
     path = calibration.keep(decoder.model, "sofa", found.values, found.record, save_to)
     if as_json:

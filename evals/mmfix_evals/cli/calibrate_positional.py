@@ -8,7 +8,7 @@ import typer
 
 from mmfix_evals.cli import options
 from mmfix_evals.cli.calibrate import app
-from mmfix_evals.cli.calibrate_common import load, positive, print_json
+from mmfix_evals.cli.calibrate_common import begin, load, positive, print_json
 
 
 @app.command("positional", epilog="Example: mmfix calibrate positional --model tiny --limit 96")
@@ -41,7 +41,7 @@ def positional_command(
     decoder = load(model, device, dtype)
     factors = (0.0, -1.0)
     with Reporter(quiet) as reporter:
-        reporter.start("calibrate positional", 2 + top * len(factors), 0)
+        begin(reporter, "positional", 2 + top * len(factors), "settings")
         found = positional(decoder, asked, factors, texts, tokens, top, reporter.advance, batch_size)
     record = {"data": data, **found.record}
     path = calibration.keep(decoder.model, "positional-hidden", found.values, record, save_to)
