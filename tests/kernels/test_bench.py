@@ -114,10 +114,22 @@ def test_a_backend_with_another_answer_is_not_timed(tmp_path: Path, monkeypatch:
         return replace(attended, output=attended.output * 1.01)
 
     monkeypatch.setitem(attention.BACKENDS, "sdpa", true._replace(attend=wrong))
-    with pytest.raises(record.RedTests, match="'sdpa' differs"):
+    with pytest.raises(record.RedTests, match="'mmfix-sdpa' differs"):
         measure.measure_kernels(tmp_path, "cpu", budget=0.0, tests_passed=True)
+    records = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    timed = {one["backend"] for one in records if "p50" in one}
+    assert timed == {"sdpa-default", "sdpa-bias", "eager-with-maps"}, "the others of every case are timed all the same"
+    assert {one["case"] for one in records} == {case.name for case in TINY}
     with pytest.raises(record.RedTests, match="'sdpa' differs"):
         record.self_check(CPU)
+
+
+def test_no_case_is_begun_after_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = measure.measure_kernels(tmp_path, "cpu", budget=0.0, tests_passed=True, limit=-1.0)
+    assert not path.exists()
+    assert f"not measured, -1 s have passed: {TINY[0].name}" in capsys.readouterr().out
+    path = measure.measure_kernels(tmp_path, "cpu", budget=0.0, tests_passed=True, only="prefill")
+    assert {json.loads(line)["case"] for line in path.read_text().splitlines()} == {TINY[1].name}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,8 @@ def test_an_installed_copy_checks_itself(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(record, "ROOT", tmp_path)
     assert record.require_green(CPU) == "self-check"
     assert record.revision() == (None, None)
+    monkeypatch.setenv("MMFIX_REVISION", "abc")
+    assert record.revision() == ("abc", None)
 
 
 def fake_arms(times: dict[str, tuple[float, float]], clock: list[float]) -> list[model.Arm]:
@@ -178,6 +192,7 @@ def test_decode_speed_is_the_difference_of_two_answers(monkeypatch: pytest.Monke
     assert slow["tokens_per_s"] == pytest.approx(2 / 0.2)
     assert broken["unmeasured"] == "RuntimeError: cannot run"
     assert "too busy" in odd["unmeasured"]
+    assert [one["runs"] for one in decode.rounds(arms[:2], inputs, 11, 3, until=0.0)] == [1, 1]
 
 
 @pytest.mark.slow
@@ -228,6 +243,23 @@ def test_tables_say_where_and_that_no_gpu_was_measured(tmp_path: Path) -> None:
     shown = table.speed_table(tmp_path)
     assert "Some GPU, torch 2" in shown
     assert "Not yet" not in shown
+
+
+def test_growth_of_memory_is_a_parabola_through_the_lengths(tmp_path: Path) -> None:
+    for length in (640, 2048, 8192):
+        for name, square in (("vanilla", 0), ("eager-maps", 3)):
+            record.append(
+                tmp_path / "decode.jsonl",
+                {**RECORD, "case": f"big, {length} tokens, batch 1", "arm": name, "length": length, "unmeasured": "-",
+                 "peak_bytes": square * length**2 + 2048 * length + 7},
+            )  # fmt: skip
+    shown = table.speed_table(tmp_path)
+    assert "| big, batch 1 | `vanilla` | 640, 2048, 8192 | 2.0 | 0.00 |" in shown
+    assert "| big, batch 1 | `eager-maps` | 640, 2048, 8192 | 2.0 | 3.00 |" in shown
+    case = Case("prefill", "var", 640)
+    assert case.name.replace("s640 ", "") in table.memory_table(
+        [{**RECORD, "case": replace(case, keys=n).name, "keys": n, "peak_bytes": n} for n in (640, 2048, 4096)]
+    )
 
 
 def test_pictures_are_drawn_from_records(tmp_path: Path) -> None:

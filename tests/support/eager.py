@@ -30,7 +30,7 @@ def eager(call: Any) -> Tensor:
     """Plain attention of a call without a shared prefix, its edits left out, in the dtype of the call."""
     repeats = call.query.shape[1] // call.key.shape[1]
     key, value = (t.repeat_interleave(repeats, 1) for t in (call.key, call.value))
-    allowed, bias = visible_keys(call)
+    allowed, bias = (t.to(call.query.device) for t in visible_keys(call))
     scores = call.query @ key.transpose(2, 3) * call.factor + bias.to(call.query.dtype)
     weights = scores.masked_fill(~allowed, float("-inf"))
     weights = weights.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).nan_to_num(0.0)

@@ -42,6 +42,7 @@ def measure_decode(
     shape: models.Shape | None = None,
     seed: int = 0,
     tests_passed: bool = False,
+    limit: float | None = None,
 ) -> Path:
     """Measure all arms at every length and batch, and append the records to ``out/decode.jsonl``.
 
@@ -56,10 +57,12 @@ def measure_decode(
         shape: of the model; default 7B on a GPU, 8 layers of width 512 on a CPU.
         seed: of the prompts.
         tests_passed: the caller has just seen the kernel tests green.
+        limit: seconds after which no further length, batch or round is begun.
 
     Raises:
         RedTests: the kernel tests fail.
     """
+    until = time.monotonic() + (limit or float("inf"))
     on = torch.device(device)
     checked = require_green(on, tests_passed)
     shape = shape or models.shape_for(on)
@@ -70,9 +73,12 @@ def measure_decode(
     out.mkdir(parents=True, exist_ok=True)
     for length in lengths:
         for batch in batches:
-            inputs = models.prompt(model, length, batch, seed)
             case = models.case_name(shape, length, batch)
-            for record in rounds([models.arm(model, name) for name in names], inputs, tokens, runs):
+            if time.monotonic() > until:
+                print(f"not measured, {limit:g} s have passed: {case}")
+                continue
+            inputs = models.prompt(model, length, batch, seed)
+            for record in rounds([models.arm(model, name) for name in names], inputs, tokens, runs, until):
                 append(out / "decode.jsonl", {"case": case, "length": length, "batch": batch} | record | shared)
                 print(line(case, record), flush=True)
     return out / "decode.jsonl"
@@ -87,12 +93,21 @@ def line(case: str, record: dict[str, Any]) -> str:
     return f"{case:44} {record['arm']:24.24} {told}"
 
 
-def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: int) -> list[dict[str, Any]]:
-    """The numbers of every arm; the first is the one that the others are compared with."""
+def rounds(
+    arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: int, until: float = float("inf")
+) -> list[dict[str, Any]]:
+    """The numbers of every arm; the first is the one that the others are compared with.
+
+    `until` is the time after which no further round is begun: fewer than `runs` count then, but one at least.
+    """
     found: dict[str, dict[int, Pair]] = {arm.name: {} for arm in arms}
     broken: dict[str, str] = {}
     memory: dict[str, int] = {}
+    done = 0
     for count in range(-1, runs):  # the first round warms up
+        if count > 0 and time.monotonic() > until:
+            break
+        done = count + 1
         for arm in arms:
             if arm.name in broken:
                 continue
@@ -100,6 +115,9 @@ def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: in
                 pair = once(arm, inputs, tokens, memory)
             except Exception as error:  # one arm that cannot run does not end the others
                 broken[arm.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                error.__traceback__ = None  # its frames hold tensors
+                if inputs["input_ids"].is_cuda:
+                    torch.cuda.empty_cache()
                 continue
             if count >= 0 and pair[1] > 0:  # else the machine paused: the longer answer took less time
                 found[arm.name][count] = pair
@@ -110,7 +128,7 @@ def rounds(arms: list[models.Arm], inputs: dict[str, Any], tokens: int, runs: in
         both = [count for count in found[arm.name] if count in plain]
         if arm.name in broken:
             record["unmeasured"] = broken[arm.name]
-        elif 2 * len(both) <= runs:
+        elif 2 * len(both) <= done:
             record["unmeasured"] = "the machine was too busy: give more tokens or more runs"
         else:
             record |= numbers([plain[n] for n in both], [found[arm.name][n] for n in both])
@@ -176,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = models.shape_for(torch.device(args.device), args.layers)
     sizes = (args.lengths, args.batches, args.tokens, args.runs, shape)
     return exit_code(
-        lambda: measure_decode(args.out, args.device, args.methods, *sizes, tests_passed=args.tests_passed)
+        lambda: measure_decode(
+            args.out, args.device, args.methods, *sizes, limit=args.limit, tests_passed=args.tests_passed
+        )
     )
 
 

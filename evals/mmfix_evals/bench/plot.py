@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals.bench.table import machine_of, newest, read
+from mmfix_evals.bench.table import machine_of, name_of, newest, read
 from mmfix_evals.errors import DataError
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
@@ -72,10 +72,6 @@ def bars(records: list[dict[str, Any]]) -> str:
         + "\n".join(body)
         + "\n</svg>\n"
     )
-
-
-def name_of(record: dict[str, Any]) -> str:
-    return str(record.get("arm") or record["backend"])
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", weight: str = "normal") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def speed_table(folder: Path) -> str:
         parts.append(f"Whole model, {machine}:\n\n{decode_table(records)}")
     for machine, records in by_machine(kernels):
         parts.append(f"Attention alone, {machine}; time over SDPA without edits:\n\n{kernel_table(records)}")
+    for machine, records in by_machine(kernels + decode):
+        if shown := memory_table(records):
+            parts.append(f"Growth of peak memory with length, {machine}:\n\n{shown}")
     if not any(record.get("device_type") == "cuda" for record in decode + kernels):
         parts.append(UNMEASURED)
     return "\n\n".join(parts)
@@ -89,6 +93,41 @@ def kernel_table(records: list[Record]) -> str:
         floor = next((f"{one['floor'] * 1e6:.1f} µs" for one in found.values() if "floor" in one), "")
         lines.append(f"| {case} | {' | '.join(cells)} | {floor} |")
     return "\n".join(lines)
+
+
+def memory_table(records: list[Record]) -> str:
+    """A parabola through the peak memory of each case that was measured at three lengths; "" where none was."""
+    series: dict[tuple[str, str], dict[int, int]] = {}
+    for record in records:
+        length = record.get("length", record.get("keys"))
+        if record.get("peak_bytes") is not None and length is not None:
+            case = re.sub(rf"\b(s{length}|{length} tokens,) ", "", record["case"])
+            series.setdefault((case, name_of(record)), {})[length] = record["peak_bytes"]
+    lines = []
+    for (case, name), peaks in series.items():
+        if len(peaks) >= 3:
+            square, linear, _ = parabola(peaks)
+            lengths = ", ".join(str(length) for length in sorted(peaks))
+            lines.append(f"| {case} | `{name}` | {lengths} | {linear / 1024:.1f} | {square + 0.0:z.2f} |")
+    head = [
+        "| case | arm or backend | lengths | KiB per token | bytes per token² |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    return "\n".join(head + lines) if lines else ""
+
+
+def parabola(peaks: dict[int, int]) -> tuple[float, float, float]:
+    """``a, b, c`` of ``bytes = a·n² + b·n + c``, least squares."""
+    import numpy
+
+    scale = 1024.0  # keeps the powers of n of one size
+    square, linear, rest = numpy.polyfit([n / scale for n in peaks], list(peaks.values()), 2)
+    return float(square) / scale**2, float(linear) / scale, float(rest)
+
+
+def name_of(record: Record) -> str:
+    """What was measured: the arm of a whole model, or the backend."""
+    return str(record.get("arm") or record["backend"])
 
 
 def _ratio(record: Record | None) -> str:

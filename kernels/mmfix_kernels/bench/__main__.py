@@ -12,11 +12,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, "kernels.jsonl", default_device())
     parser.add_argument("--quick", action="store_true", help="a few cases only")
     parser.add_argument("--budget", type=float, default=0.4, help="seconds of measuring per case and backend")
+    parser.add_argument("--only", default="", help="cases whose name begins with this text, such as decode")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    return exit_code(
-        lambda: measure_kernels(args.out, args.device, args.quick, args.budget, args.seed, args.tests_passed)
-    )
+    sizes = (args.out, args.device, args.quick, args.budget, args.seed)
+    options = {"limit": args.limit, "only": args.only, "tests_passed": args.tests_passed}
+    return exit_code(lambda: measure_kernels(*sizes, **options))
 
 
 if __name__ == "__main__":

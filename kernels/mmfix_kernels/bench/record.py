@@ -29,7 +29,7 @@ class RedTests(RuntimeError):  # noqa: N818 - what it is, not that it is an erro
 
 
 def command_line(description: str | None, file: str, device: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes when it is run as a module: `--out`, `--device`, `--tests-passed`.
+    """The options of every benchmark that is run as a module: `--out`, `--device`, `--limit`, `--tests-passed`.
 
     Args:
         description: what the benchmark measures.
@@ -39,6 +39,7 @@ def command_line(description: str | None, file: str, device: str) -> argparse.Ar
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {file}")
     parser.add_argument("--device", default=device)
+    parser.add_argument("--limit", type=float, help="seconds after which nothing further is begun")
     parser.add_argument("--tests-passed", action="store_true", help="the caller has just run tests/kernels, all green")
     return parser
 
@@ -116,10 +117,14 @@ def installed(name: str) -> str | None:
 
 
 def revision() -> tuple[str | None, bool | None]:
-    """Revision and dirty flag of the checkout that this package runs from; None for an installed copy."""
+    """Revision and dirty flag of the checkout that this package runs from.
+
+    Files without their git (an installed copy, a copy of the tree on another machine) have the revision that
+    ``MMFIX_REVISION`` names, or None.
+    """
     top = answer("git", "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != ROOT:
-        return None, None
+        return os.environ.get("MMFIX_REVISION") or None, None
     changes = answer("git", "status", "--porcelain")
     return answer("git", "rev-parse", "HEAD"), None if changes is None else bool(changes)
 

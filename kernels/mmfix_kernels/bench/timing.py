@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 FLUSH_BYTES = 512 << 20  # several times any L2; long enough that the host is ahead when the measured work starts
+GRAPH_SECONDS = 5e-3  # longer work hides its launches anyway, and a graph would hold its memory a second time
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,41 @@ def captured(work: Callable[[], object]) -> Callable[[], object] | None:
     return graph.replay
 
 
-def time_cuda(work: Callable[[], object], budget: float) -> Timing:
-    """Device time between events, with the L2 emptied before every run."""
-    for _ in range(3):
+def waits(work: Callable[[], object]) -> bool:
+    """Whether the work waits for the device, or fails when it may not: then no CUDA graph can hold it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         work()
-    torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize()
+    return False
+
+
+def time_cuda(work: Callable[[], object], budget: float) -> Timing:
+    """Device time between events, with the L2 emptied before every run; at least ten runs, three of long work."""
+    once = 0.0
+    for _ in range(3):  # the last one counts: the first may compile
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        once = time.perf_counter() - begin
+    least = 10 if 10 * once < budget else 3
     host: list[float] = []
-    for _ in range(10):
+    for _ in range(least):
         begin = time.perf_counter()
         work()
         host.append(time.perf_counter() - begin)
         torch.cuda.synchronize()
-    replay = captured(work)
+    replay = captured(work) if once < GRAPH_SECONDS and not waits(work) else None
     run = work if replay is None else replay
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     until = time.perf_counter() + budget
-    while len(events) < 10 or (time.perf_counter() < until and len(events) < 100):
+    while len(events) < least or (time.perf_counter() < until and len(events) < 100):
         pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         flush.zero_()
         pair[0].record()

@@ -7,6 +7,7 @@ import os
 import pytest
 
 
+@pytest.hookimpl(trylast=True)  # what -k leaves is shared
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if shard := os.environ.get("MMFIX_SHARD"):
         first, step = map(int, shard.split("/"))

@@ -122,7 +122,7 @@ def check(call: AttentionCall, condition: float = 1.0) -> torch.Tensor:
     """Output, masses and counters against float64; `condition` is how much an edit enlarges errors of rounding."""
     assert backend.why_not(moved(call)) == ""
     want, got = exact(call), serve(call)
-    allowed = allowance(call, float(want.output.abs().max())) * condition
+    allowed = allowance(call, float(want.output.abs().max()), DEVICE) * condition
     error = float((got.output.double() - want.output).abs().max())
     assert error <= allowed, f"output is off by {error:.3g}; allowed {allowed:.3g}"
     if call.query.dtype == torch.float32:  # in half precision a gate may tip over on the rounding of the scores
@@ -219,7 +219,7 @@ def test_rows_before_the_first_edit_are_plain(first: int) -> None:
     call = make(40, 40, 32, "all", first=first)
     output = check(call)
     plain = serve(replace(call, edits=call.edits[-1:])).output
-    assert torch.equal(output[:, :, :first], plain[:, :, :first])
+    torch.testing.assert_close(output[:, :, :first], plain[:, :, :first], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(output, plain)
 
 
@@ -268,7 +268,7 @@ def test_a_wrong_label_is_caught() -> None:
     other = labels.clone()
     other[:, 0] = int(Label.SYSTEM)
     want = exact(relabelled(call, labels)).output
-    allowed = allowance(call, float(want.abs().max()))
+    allowed = allowance(call, float(want.abs().max()), DEVICE)
     right, wrong = (serve(relabelled(call, n)).output for n in (labels, other))
     assert float((right.double() - want).abs().max()) <= allowed
     assert float((wrong.double() - want).abs().max()) > 100 * allowed

@@ -17,6 +17,8 @@ from support.eager import visible_keys as visible
 
 from mmfix_kernels import AttentionCall, Group, HeadScale, MapReplacement, MassMove, ScoreEdit
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Exact:
@@ -114,13 +116,14 @@ def moved(call: AttentionCall, move: MassMove, weights: Tensor, allowed: Tensor)
     return torch.where(active, weights * factor, weights), [count, int(touched.sum())]
 
 
-def allowance(call: AttentionCall, largest: float, draws: int = 5) -> float:
+def allowance(call: AttentionCall, largest: float, device: torch.device = CPU, draws: int = 5) -> float:
     """Twice the error of eager attention in the same dtype, relative to the largest value.
 
     The error of a few rows is chance, so it is the largest over the call's own tensors and some fresh ones of the same
-    shape; and never less than the rounding of the largest value.
+    shape, here and on the device that the kernels run on; and never less than the rounding of the largest value, to
+    which a GPU adds that of its division and of its exponential.
     """
-    worst = torch.finfo(call.query.dtype).eps
+    worst = torch.finfo(call.query.dtype).eps * (1 if device.type == "cpu" else 2)
     for draw in range(draws):
         tensors = dict(zip(("query", "key", "value"), (call.query, *whole(call)), strict=True))
         if draw:
@@ -132,6 +135,9 @@ def allowance(call: AttentionCall, largest: float, draws: int = 5) -> float:
         size = float(want.abs().max())
         if not draw:
             largest = max(largest, size)
-        error = float((eager(plain).double() - want).abs().max())
-        worst = max(worst, error / max(size, 1e-30))
+        for on in {CPU, device}:
+            mask = None if call.mask is None else call.mask.to(on)
+            there = replace(plain, mask=mask, **{name: tensor.to(on) for name, tensor in tensors.items()})
+            error = float((eager(there).cpu().double() - want).abs().max())
+            worst = max(worst, error / max(size, 1e-30))
     return 2 * worst * largest
