@@ -70,8 +70,8 @@ def render(model: str, method: str, changed: dict[str, Any], prompt: str, decodi
     """Both, each with a button that copies it."""
     given = (model, method, changed, prompt, decoding)
     blocks = (("Python", python(*given)), ("Command line", command(*given)))
-    return "".join(
-        f'<div class="code"><h4>{title}</h4><button type="button" class="copy">Copy</button>'
-        f'<pre tabindex="0">{esc(text)}</pre></div>'
+    return '<p class="mm-note">Save the picture as <code>picture.png</code> where you run it.</p>' + "".join(
+        f'<div class="code"><div class="top"><h4>{title}</h4><button type="button" class="copy" '
+        f'aria-label="Copy: {title}">Copy</button></div><pre tabindex="0">{esc(text)}</pre></div>'
         for title, text in blocks
     )

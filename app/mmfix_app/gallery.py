@@ -41,7 +41,7 @@ class Shown:
 
     @property
     def alt(self) -> str:
-        return f"Drawing of a {self.place} with {listed(self.contents)}"
+        return f"Drawing of {with_article(self.place)} with {listed(self.contents)}"
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +92,7 @@ def renewed(folder: Path, index: int) -> Path:
 def strip() -> str:
     """The gallery as buttons in a row."""
     buttons = [
-        f'<button type="button" class="thumb" data-index="{n}" title="{one.alt}">'
+        f'<button type="button" class="thumb" data-index="{n}" data-name="{one.name}" title="{one.alt}">'
         f'<img src="{data_uri(one.image)}" alt="{one.alt}" width="72" height="72"></button>'
         for n, one in enumerate(pictures())
     ]

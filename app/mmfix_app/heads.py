@@ -78,8 +78,8 @@ def render(found: HeadMaps, image: Image.Image) -> str:
         '<button type="button" class="measure" data-name="vhd" aria-pressed="false">Dependence on it (VHD)</button></p>'
         f'<div class="cells" style="--heads:{heads}">{"".join(rows)}<div class="row numbers"><span class="n"></span>'
         f'{numbers}</div></div><p class="axis">head → (layer upwards)</p>'
-        f'<p class="scale" data-name="mass">Darkest: {percent(top_mass)}.</p>'
-        f'<p class="scale" data-name="vhd" hidden>Darkest: {most:.2f}.</p></div>'
+        f'<p class="scale" data-name="mass">Full colour: {percent(top_mass)}.</p>'
+        f'<p class="scale" data-name="vhd" hidden>Full colour: {most:.2f}.</p></div>'
         f'<figure><div class="pic{crisp}"><img src="{data_uri(image, 384)}" alt="The picture. The light falls where '
         'the chosen head looks."><canvas aria-hidden="true"></canvas></div><figcaption class="look" aria-live="polite">'
         f"{'' if found.maps else 'No map: the patch layout of this model is not known.'}</figcaption></figure></div>"

@@ -111,8 +111,11 @@ def render(run: dict[str, Any], key: str) -> str:
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     plot = charts.scatter(f"{name}{better}", points, "speed relative to greedy", name) if points else ""
     return (
-        f'<div class="board"><div class="scroll"><table><caption>{esc(task)}, {esc(split)}: {esc(name)}{better}. '
-        f"A column's title sorts.</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{plot}"
+        f'<div class="board"><p class="caption" id="board-caption">{esc(task)}, {esc(split)}: {esc(name)}{better}. '
+        "A column's title sorts.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-labelledby="board-caption">'
+        f'<table aria-labelledby="board-caption"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{plot}"
         f'<p class="source">{_source(run, task)}</p></div>'
     )
 

@@ -145,8 +145,8 @@ def board(folders: list[Path]) -> None:
     names = leaderboard.metrics(loaded[start])
     key = next((value for _, value in names if value.endswith("/chair_i")), names[0][1])
     with gr.Row():
-        run = gr.Dropdown(list(loaded), value=start, label="Run", filterable=False, elem_id="board-run")
-        metric = gr.Dropdown(names, value=key, label="Metric", filterable=False, elem_id="board-metric")
+        run = gr.Dropdown(list(loaded), value=start, label="Run", filterable=False, elem_id="board-run", min_width=260)
+        metric = gr.Dropdown(names, value=key, label="Metric", filterable=False, elem_id="board-metric", min_width=260)
     shown = html(leaderboard.render(loaded[start], key), js_on_load=script("table"), elem_id="board")
 
     def show(name: str, key: str) -> str:

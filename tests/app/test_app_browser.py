@@ -207,11 +207,68 @@ def test_stopping_in_mid_stream_frees_the_model(page: Any, monkeypatch: pytest.M
     assert whole[: len(shown)] == shown
 
 
+def tab_to(page: Any, selector: str, most: int = 60) -> None:
+    """Press Tab until what `selector` finds has the focus, which must be seen there."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate("s => document.activeElement.matches(s)", selector):
+            assert page.evaluate(FOCUS_SEEN), f"the focus is not seen on {selector}"
+            return
+    raise AssertionError(f"Tab never reaches {selector}")
+
+
+FOCUS_SEEN = """() => { const style = getComputedStyle(document.activeElement);
+  return style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2; }"""
+
+
+def test_the_keyboard_alone_is_enough(page: Any) -> None:
+    """A picture, a prompt, a run, a word's map, another tab: nothing is clicked."""
+    keys = page.keyboard
+    tab_to(page, '#gallery .thumb[data-index="6"]')
+    assert page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.title")
+    keys.press("Enter")
+    page.locator('#gallery .thumb[data-index="6"][aria-pressed="true"]').wait_for()
+    assert page.locator('#gallery .thumb[aria-pressed="true"]').count() == 1
+    tab_to(page, "textarea")
+    keys.press("Control+A")
+    keys.type("describe this image briefly .")
+    tab_to(page, "#method input")
+    keys.press("Escape")
+    tab_to(page, "#run")
+    keys.press("Enter")
+    page.locator('#stage .stage[data-state="done"]').wait_for()
+    tab_to(page, "#stage .answer .tok")
+    canvas, look = (page.locator(f'.side[data-side="plain"] {one}') for one in ("canvas", ".look"))
+    keys.press("Home")
+    first = canvas.evaluate("c => c.dataset.shown")
+    assert "most at the" in look.inner_text(), "where the light falls is not said in words"
+    keys.press("ArrowRight")
+    assert page.evaluate(FOCUS_SEEN)
+    assert canvas.evaluate("c => c.dataset.shown") != first
+    tab_to(page, "#code button")
+    keys.press("Space")
+    tab_to(page, "#code .copy")
+    page.locator("#code pre", has_text="briefly").first.wait_for()
+    tab_to(page, 'button[role="tab"]:nth-of-type(2)')
+    keys.press("Enter")
+    tab_to(page, "#map-heads")
+    keys.press("Space")
+    page.locator("#heads .head").first.wait_for()
+    tab_to(page, "#heads .head")
+    chosen = page.locator("#heads .look").inner_text()
+    keys.press("ArrowLeft")
+    assert page.locator("#heads .look").inner_text() != chosen
+
+
 def test_phone_width_has_no_sideways_scroll(chrome: Any, served: tuple[Any, str]) -> None:
     one = Visitor(chrome, served[1], viewport={"width": 375, "height": 740}, color_scheme="dark")
     assert one.page.evaluate("document.documentElement.scrollWidth") <= 375
     assert one.page.evaluate("document.body.classList.contains('dark')")
     assert one.page.locator("img:not([alt])").count() == 0
+    compare(one.page)
+    one.page.locator("#code button").first.click()
+    one.page.locator("#code pre").first.wait_for()
+    assert one.page.evaluate("document.documentElement.scrollWidth") <= 375  # nor does a long line of code
     one.page.locator(".overflow-menu button").first.click()
     one.page.locator(".overflow-dropdown button", has_text="Leaderboard").click()
     one.page.locator(".board table").wait_for()

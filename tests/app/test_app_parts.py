@@ -21,6 +21,7 @@ import mmfix
 from mmfix import Method, param
 from mmfix.errors import MethodError, UsageError
 from mmfix_app import charts, code, controls, gallery, heads, lab, leaderboard, objects, stage
+from mmfix_app.markup import where
 from mmfix_app.service import Decoding, Run, Service
 from mmfix_decoding.grids import PatchGrid, patch_grids, raster
 from mmfix_evals.errors import DataError
@@ -174,6 +175,16 @@ def test_what_was_changed_is_told_and_wrong_values_are_refused(service: Service)
     for text in ("__import__('os')", "[1, 'a']", "1e9", "(" * 150, "9" * 300):
         with pytest.raises(MethodError, match="layers"):
             controls.build(service.model, "vhr", {"layers": text})
+
+
+def test_where_a_map_is_lightest_is_said_in_words() -> None:
+    said = {}
+    for row, column in ((0, 0), (4, 4), (8, 7), (1, 5)):
+        weights = np.full((9, 9), 0.01)
+        weights[row, column] = 1.0
+        said[row, column] = where(weights)
+    assert said == {(0, 0): "upper left", (4, 4): "centre", (8, 7): "lower right", (1, 5): "upper middle"}
+    assert where(np.ones((1, 2))) == "upper left"  # fewer patches than thirds
 
 
 # -- copy as code -------------------------------------------------------------------------------------------------

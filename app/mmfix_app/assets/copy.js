@@ -2,7 +2,7 @@
 element.addEventListener("click", async (event) => {
   const button = event.target.closest(".copy");
   if (!button) return;
-  const text = button.parentNode.querySelector("pre").textContent;
+  const text = button.closest(".code").querySelector("pre").textContent;
   try {
     await navigator.clipboard.writeText(text);
   } catch (refused) { // a page that is not served securely

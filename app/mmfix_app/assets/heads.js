@@ -16,7 +16,8 @@ function paint(canvas, node) {
 function choose(head) {
   within(".head").forEach((one) => one.setAttribute("aria-pressed", String(one === head)));
   within(".head").forEach((one) => (one.tabIndex = one === head ? 0 : -1));
-  element.querySelector(".look").textContent = head.getAttribute("aria-label");
+  const where = head.dataset.where ? `; most at the ${head.dataset.where}` : "";
+  element.querySelector(".look").textContent = head.getAttribute("aria-label") + where;
   if (head.dataset.map) paint(element.querySelector("canvas"), head);
 }
 

@@ -52,7 +52,7 @@ function show(chosen, fixed) {
     paint(side.querySelector("canvas"), word);
     const look = side.querySelector(".look");
     if (word.dataset.map) {
-      look.textContent = `As it chose “${said(word)}”, ${word.dataset.share} of attention was on the picture, where it is light`;
+      look.textContent = `As it chose “${said(word)}”, ${word.dataset.share} of attention was on the picture, where it is light, most at the ${word.dataset.where}`;
     }
     list.forEach((other) => (other.tabIndex = other === word ? 0 : -1));
   }
