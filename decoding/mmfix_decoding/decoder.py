@@ -140,7 +140,7 @@ class Decoder:
         """Answer prompts about images.
 
         Decoding is greedy unless `generation_kwargs` say otherwise. Prompts are batched with left padding; in float32
-        the batch does not change an answer.
+        the batch does not change an answer. Equal pictures of a batch are encoded once.
 
         Args:
             image: one image (see :func:`mmfix_decoding.load_image`; None for a prompt without one) or a list. One image
@@ -193,7 +193,7 @@ class Decoder:
             image: one image, None, or a list with the images of this one prompt.
             prompt: one prompt.
             max_new_tokens, seed, generation_kwargs: as for :meth:`generate`; one beam, no assistant.
-            telemetry: give each event its group masses. With False and no method, the model runs without mmfix in it.
+            telemetry: give each event its group masses. With False and no method, nothing watches the model.
 
         Returns:
             An iterator over :class:`TokenEvent` with ``close()`` and, after its end, ``report``.
