@@ -54,14 +54,14 @@ bench=("$python" -m mmfix_kernels.bench --tests-passed)
 decode=("$python" -m mmfix_evals.bench.decode --tests-passed)
 kernels=(--budget 0.12)
 model=(--methods "vanilla,$var@triton,vhr@triton,$two@triton,empty,eager-maps,sequential,$var@sdpa,vhr@sdpa,$two@sdpa" --tokens 32 --runs 3)
-sizes=(--methods "vanilla,$var@triton,$two@triton,sequential,eager-maps" --lengths 640 2048 8192 --batches 1 8 --tokens 12 --runs 2)
+sizes=(--methods "vanilla,$var@triton,$two@triton,sequential,eager-maps" --sizes 2048x1 8192x1 640x8 2048x8 8192x8 --tokens 12 --runs 2)
 # few layers: compiling is most of the time
 graphs=(--methods "vanilla,static/vanilla,static/$var@triton,static/$two@triton" --layers 8 --tokens 32 --runs 2)
 if [ -n "$dry" ]; then
   small=(--device cpu --layers 2 --tokens 3 --runs 1)
   kernels=(--device cpu --quick --budget 0.01 --only "decode var")
   model=("${small[@]}" --methods vanilla,empty,vhr --lengths 616)
-  sizes=("${small[@]}" --methods "vanilla,$two" --lengths 616 640 --batches 1 2)
+  sizes=("${small[@]}" --methods "vanilla,$two" --sizes 640x1 616x2)
   graphs=("${small[@]}" --methods vanilla,static/vhr --lengths 616)
 fi
 
@@ -102,7 +102,7 @@ else
   }
   ahead "${bench[@]}" --quick --budget 0.01 --only prefill
   ahead "${bench[@]}" --quick --budget 0.01 --only decode
-  ahead "${decode[@]}" "${sizes[@]}" --layers 3 --lengths 640 --runs 1
+  ahead "${decode[@]}" "${sizes[@]}" --layers 3 --sizes 640x8 2048x1 --runs 1
   ahead "${decode[@]}" "${model[@]}" --layers 3 --runs 1
   ahead "${decode[@]}" "${graphs[@]}" --runs 1
 fi

@@ -307,6 +307,50 @@ def test_the_command_writes_what_is_asked_for(folder: Path, tmp_path: Path) -> N
     assert printed.stdout.strip() == (tmp_path / "r.tex").read_text().strip()
 
 
+def sorted_by_keyboard(view: Any) -> None:
+    """A column's title, pressed three times, sorts each block of methods down, up, and back."""
+
+    def methods() -> list[str]:
+        found: list[str] = view.locator("#numbers .block >> nth=0 >> td:nth-child(2)").all_text_contents()
+        return found
+
+    def seen() -> list[str]:
+        return [text for text in view.locator("#numbers .block >> nth=0 >> td:first-child").all_inner_texts() if text]
+
+    def values() -> list[float]:
+        return [float(v) for v in view.locator("#numbers .block >> nth=0 >> td:nth-child(3)").all_text_contents()]
+
+    view.set_viewport_size({"width": 500, "height": 400})
+    table = view.locator("#numbers .scroll").first
+    asked, button = methods(), table.locator("th:nth-child(3) button")
+    button.focus()
+    orders = []
+    for turn in ("descending", "ascending", None):
+        view.keyboard.press("Enter")
+        assert table.locator("th:nth-child(3)").get_attribute("aria-sort") == turn
+        orders.append((methods(), values()))
+        assert seen() == ["accuracy"], "the metric's name does not stand in the first row"
+    (down, falling), (up, rising), (back, _) = orders
+    assert falling == sorted(falling, reverse=True) != rising == sorted(rising)
+    assert back == asked
+    assert set(down) == set(up) == set(asked)
+    table.locator("th:nth-child(2) button").press("Space")
+    assert methods() == sorted(asked)
+    p = table.locator(".block td:nth-child(7)")
+    p.evaluate_all("cells => ['-', '<0.001', '0.040'].forEach((text, n) => (cells[n].textContent = text))")
+    table.locator("th:nth-child(7) button").press("Space")
+    assert [p.nth(n).text_content() for n in range(3)] == ["0.040", "<0.001", "-"]
+    table.evaluate("box => { box.style.maxHeight = '150px'; box.scrollTo(200, 60); }")
+    box, head, name = (
+        one.bounding_box() for one in (table, table.locator("th").first, table.locator(".block td:nth-child(2)").first)
+    )
+    assert abs(head["y"] - box["y"]) < 2, "the table's head scrolls away"
+    assert abs(name["x"] - box["x"]) < 2, "the methods' names scroll away"
+    assert name["width"] < 0.5 * box["width"], "the methods' names leave no room for the numbers"
+    view.reload()
+    view.set_viewport_size({"width": 1200, "height": 900})
+
+
 def test_in_a_browser(page: str, tmp_path: Path) -> None:
     """Nothing is fetched, nothing runs that should not, the filters work, and there is something to see."""
     playwright = pytest.importorskip("playwright.sync_api")
@@ -329,6 +373,7 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
         assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
         assert problems == []
         assert view.evaluate("window.hacked") is None
+        sorted_by_keyboard(view)
         assert ATTACK in view.inner_text(".pair[data-task=fake-chair] p")
         total = view.locator(".pair:visible").count()
         view.select_option("[data-filter=outcome]", "win")

@@ -43,6 +43,7 @@ def measure_decode(
     seed: int = 0,
     tests_passed: bool = False,
     limit: float | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Path:
     """Measure all arms at every length and batch, and append the records to ``out/decode.jsonl``.
 
@@ -58,6 +59,7 @@ def measure_decode(
         seed: of the prompts.
         tests_passed: the caller has just seen the kernel tests green.
         limit: seconds after which no further length, batch or round is begun.
+        sizes: pairs of length and batch, instead of every length at every batch.
 
     Raises:
         RedTests: the kernel tests fail.
@@ -71,16 +73,15 @@ def measure_decode(
     names = [models.VANILLA, *(name for name in names if name != models.VANILLA)]
     shared = provenance(on, seed, checked) | {"layers": shape.layers, "width": shape.width, "new_tokens": tokens}
     out.mkdir(parents=True, exist_ok=True)
-    for length in lengths:
-        for batch in batches:
-            case = models.case_name(shape, length, batch)
-            if time.monotonic() > until:
-                print(f"not measured, {limit:g} s have passed: {case}")
-                continue
-            inputs = models.prompt(model, length, batch, seed)
-            for record in rounds([models.arm(model, name) for name in names], inputs, tokens, runs, until):
-                append(out / "decode.jsonl", {"case": case, "length": length, "batch": batch} | record | shared)
-                print(line(case, record), flush=True)
+    for length, batch in sizes or [(length, batch) for length in lengths for batch in batches]:
+        case = models.case_name(shape, length, batch)
+        if time.monotonic() > until:
+            print(f"not measured, {limit:g} s have passed: {case}")
+            continue
+        inputs = models.prompt(model, length, batch, seed)
+        for record in rounds([models.arm(model, name) for name in names], inputs, tokens, runs, until):
+            append(out / "decode.jsonl", {"case": case, "length": length, "batch": batch} | record | shared)
+            print(line(case, record), flush=True)
     return out / "decode.jsonl"
 
 
@@ -154,7 +155,7 @@ def numbers(plain: list[Pair], own: list[Pair]) -> dict[str, float]:
 def once(arm: models.Arm, inputs: dict[str, Any], tokens: int, memory: dict[str, int]) -> Pair:
     """One answer of one token and one of `tokens`."""
     device = inputs["input_ids"].device
-    with torch.inference_mode(), ExitStack() as stack:
+    with torch.no_grad(), ExitStack() as stack:  # as `generate` does
         stack.enter_context(arm.enter())
         if arm.compiles:
             arm.run(inputs, tokens)
@@ -187,17 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[640])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--sizes", nargs="+", metavar="LENGTHxBATCH", help="instead of every length at every batch")
     parser.add_argument("--layers", type=int, help="of the language model; default 32 on a GPU, 8 on a CPU")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args(argv)
     shape = models.shape_for(torch.device(args.device), args.layers)
-    sizes = (args.lengths, args.batches, args.tokens, args.runs, shape)
-    return exit_code(
-        lambda: measure_decode(
-            args.out, args.device, args.methods, *sizes, limit=args.limit, tests_passed=args.tests_passed
-        )
-    )
+    given = (args.lengths, args.batches, args.tokens, args.runs, shape)
+    sizes = args.sizes and [(int(length), int(batch)) for length, batch in (one.split("x") for one in args.sizes)]
+    options = {"limit": args.limit, "sizes": sizes, "tests_passed": args.tests_passed}
+    return exit_code(lambda: measure_decode(args.out, args.device, args.methods, *given, **options))
 
 
 if __name__ == "__main__":
