@@ -68,6 +68,7 @@ def pages(
     source: str,
     families: dict[str, str],
     apart: Mapping[str, tuple[dict[str, Any], str]] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> dict[Path, str]:
     """Path → text of the index and of every page.
 
@@ -76,12 +77,15 @@ def pages(
         source: where that record lies, for the pages to say.
         families: method → how many of the tested families it runs on.
         apart: method → a record of its own and where it lies, for one that runs on a task of its own.
+        more: method → what stands below its results.
     """
     index = f"# Methods\n\nGenerated from the docstrings; `mmfix methods --table` prints this.\n\n{table(families)}\n"
     found = {FOLDER / "README.md": index}
     for name, info in methods().items():
         known, place = (apart or {}).get(name, (record, source))
-        found[FOLDER / f"{name}.md"] = page(name, info, known, place, families.get(name, ""))
+        text = page(name, info, known, place, families.get(name, ""))
+        below = (more or {}).get(name, "")
+        found[FOLDER / f"{name}.md"] = f"{text}\n{below}\n" if below else text
     return found
 
 

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmfix_evals import length_table, method_pages, summary, tables
+from mmfix.registry import methods
+from mmfix_evals import length_table, method_pages, sampled, summary, tables
 from mmfix_evals.bench.table import speed_table
 from mmfix_evals.tasks import leading
 
@@ -23,6 +24,7 @@ EXAMPLE = Path("docs/example.json")
 PICTURE = Path("docs/example.png")
 METHODS_RECORD = "evals/records/tinyworld-methods"
 ALL_RECORD = "evals/records/tinyworld-all"
+SAMPLED_RECORD = "evals/records/tinyworld-sampled"
 LEADING_RECORD = "evals/records/tinyworld-sycophancy"
 SPEED = "kernels/benchmarks/results"
 FULL_TABLE = Path("docs/results.md")
@@ -33,6 +35,13 @@ LEADING_NOTE = (
     "question as asked; prompts are batched by question, so that it is slower than two rows per prompt. Whoever asks "
     "the plain question flips nothing: what the contrast does to it is accuracy_leading of `lqcd` against "
     "accuracy_plain of greedy."
+)
+
+SAMPLED_TITLE = "Sampled: what the plausibility cut does alone"
+SAMPLED_NOTE = (
+    "The cut keeps the best token, so that greedy decoding does not feel it. Papers draw tokens at temperature 1 and "
+    "compare a contrast with its cut to drawing without one. Here the cut alone is compared with plain sampling, and "
+    "every contrast with the cut alone."
 )
 
 COLUMNS = (
@@ -151,8 +160,16 @@ def generated() -> dict[Path, str]:
     if everything.is_file():
         record, source = json.loads(everything.read_text()), f"{ALL_RECORD}/results.json"
         more[SUMMARY] = summary.page(record, source, length_table.markdown(record))
+    below = {}
+    drawn, beside = (ROOT / SAMPLED_RECORD / name for name in ("results.json", "against-cut.json"))
+    if drawn.is_file() and SUMMARY in more:
+        found, against = json.loads(drawn.read_text()), json.loads(beside.read_text())
+        below = {name: sampled.paragraph(info, found, against, SAMPLED_RECORD) for name, info in methods().items()}
+        more[SUMMARY] += (
+            f"\n## {SAMPLED_TITLE}\n\n{SAMPLED_NOTE}\n\n{sampled.section(found, against, SAMPLED_RECORD)}\n"
+        )
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
-    pages = method_pages.pages(record, source, method_pages.families(), apart)
+    pages = method_pages.pages(record, source, method_pages.families(), apart, below)
     return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages, **more}
 
 

@@ -173,6 +173,8 @@ def footnotes(results: Results) -> list[str]:
         f"methods taking turns batch by batch; {machine.describe(results['machine'])}. "
         "Fired: share of the places a method looked at that it changed.",
     ]
+    if any((entry.get("generation") or {}).get("do_sample") for entry in results["tasks"].values()):
+        notes.append("Tokens were drawn: greedy is the plain model, sampled with the same settings and seed.")
     notes += power_note(results["comparisons"])
     taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
     if taught:
