@@ -19,7 +19,7 @@ from mmfix_evals.samples import Sample
 from mmfix_evals.shards import cut
 from mmfix_evals.tasks import Document
 
-WARM_UP_PROMPTS = 4
+WARM_UP_PROMPTS = 4  # on a processor
 
 
 @dataclass
@@ -45,13 +45,18 @@ class Worker:
         for arm in arms:
             if (one.task.name, arm.name) not in self._warm:
                 self._warm.add((one.task.name, arm.name))
-                piece = batch[: min(WARM_UP_PROMPTS, self.limits.get(one.task.name, len(batch)))]
+                limit = self.limits.get(one.task.name, len(batch))
+                piece = batch[: limit if self._compiles(arm) else min(WARM_UP_PROMPTS, limit)]
                 try:
                     warm_up(self.decoders[arm.name], one, arm, piece)
                 except Exception as problem:
                     if is_fatal(problem):
                         raise
                     # The batch itself will fail in the same way and be looked into.
+
+    def _compiles(self, arm: Arm) -> bool:
+        """Whether a first batch of a new size costs more than the next: kernels are compiled and tuned for it."""
+        return str(getattr(getattr(self.decoders[arm.name], "model", None), "device", "cpu")) != "cpu"
 
     def answer(self, one: TaskPlan, arm: Arm, batch: Sequence[Document], wanted: set[str]) -> Iterator[list[Sample]]:
         """Lines of the wanted documents of a batch, piece by piece as they come. The whole batch is asked, as in a

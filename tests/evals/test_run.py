@@ -7,18 +7,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_eval
 import pytest
 
 from mmfix_evals import results as results_module
-from mmfix_evals import samples
+from mmfix_evals import samples, worker
+from mmfix_evals.arms import Arm
 from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
 from mmfix_evals.results import clean_argv, clean_values
 from mmfix_evals.run import Interrupted, TooManyErrors, run
+from mmfix_evals.tasks import Document
 
 pytestmark = pytest.mark.usefixtures("fake_tasks")
 
@@ -96,6 +99,18 @@ def test_methods_take_turns_on_each_batch_after_one_warm_up_each(config: RunConf
     labels = [label for label, _ in decoder.calls]
     assert labels == ["greedy", "var", "vhr"] * 3
     assert [len(prompts) for _, prompts in decoder.calls] == [4] * 6 + [1] * 3
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", 4), ("cuda:0", 9)])
+def test_a_warm_up_is_a_whole_batch_only_where_kernels_are_made_for_its_size(
+    device: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(worker, "warm_up", lambda decoder, plan, arm, documents: counts.append(len(documents)))
+    plan: Any = SimpleNamespace(task=SimpleNamespace(name="task"))
+    one = worker.Worker({"greedy": SimpleNamespace(model=SimpleNamespace(device=device))})
+    one.warm_up(plan, [Arm("greedy", (), ())], [Document(str(n), "test", "a.png", "?", {}) for n in range(9)])
+    assert counts == [asked]
 
 
 def test_speed_and_fired_shares(config: RunConfig) -> None:
