@@ -10,7 +10,7 @@ from mmfix_app import charts
 from mmfix_app.markup import esc
 from mmfix_evals import machine, results, tasks
 from mmfix_evals.errors import EvalError
-from mmfix_evals.tables import fired, formatter, interval, p_value
+from mmfix_evals.tables import drawn_note, fired, formatter, interval, p_value
 
 _PACKAGE = Path(mmfix_evals.__file__).parent
 RECORDS = (_PACKAGE / "records", _PACKAGE.parent / "records")
@@ -140,5 +140,7 @@ def _source(run: dict[str, Any], task: str) -> str:
     return esc(
         f"Model {config['model']}, split {config['split']}{world}, {asked['n_images']} images. Intervals: "
         f"{run['bootstrap']['resamples']} bootstrap resamples of images. Speed: tokens per second in this run, batch "
-        f"{config['batch_size']}; {machine.describe(run['machine'])}. Toy results: they show that the instruments work."
+        f"{config['batch_size']}; {machine.describe(run['machine'])}. "
+        + "".join(f"{note} " for note in drawn_note(run))
+        + "Toy results: they show that the instruments work."
     )

@@ -173,8 +173,7 @@ def footnotes(results: Results) -> list[str]:
         f"methods taking turns batch by batch; {machine.describe(results['machine'])}. "
         "Fired: share of the places a method looked at that it changed.",
     ]
-    if any((entry.get("generation") or {}).get("do_sample") for entry in results["tasks"].values()):
-        notes.append("Tokens were drawn: greedy is the plain model, sampled with the same settings and seed.")
+    notes += drawn_note(results)
     notes += power_note(results["comparisons"])
     taught = [arm["name"] for arm in results["methods"] if arm.get("trained")]
     if taught:
@@ -190,6 +189,12 @@ def footnotes(results: Results) -> list[str]:
     if results["status"] != "complete":
         notes.append(f"This run is {results['status']}: the numbers cover the finished samples only.")
     return notes
+
+
+def drawn_note(results: Results) -> list[str]:
+    """That the run sampled, in which greedy is no longer what its name says."""
+    drawn = any((entry.get("generation") or {}).get("do_sample") for entry in results["tasks"].values())
+    return ["Tokens were drawn: greedy is the plain model, sampled with the same settings and seed."] if drawn else []
 
 
 def calibrated_note(results: Results) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -329,6 +330,14 @@ def test_the_board_shows_the_records_with_their_intervals() -> None:
     assert page.count('class="ci"') == len(names)
     entry = next(m for m in run["metrics"] if m["metric"] == "chair_i" and m["method"] == "greedy")
     assert f"{100 * entry['value']:.1f} [{100 * entry['ci_low']:.1f}, {100 * entry['ci_high']:.1f}]" in page
+
+
+def test_the_board_says_where_greedy_is_sampled() -> None:
+    run = copy.deepcopy(leaderboard.load(leaderboard.runs([])["tinyworld"]))
+    key = "tinyworld-chair/test/chair_i"
+    assert "drawn" not in leaderboard.render(run, key)
+    run["tasks"]["tinyworld-chair"]["generation"]["do_sample"] = True
+    assert "greedy is the plain model, sampled" in leaderboard.render(run, key)
 
 
 def test_run_folders_are_added_and_broken_ones_are_refused(tmp_path: Path) -> None:

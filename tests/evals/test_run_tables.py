@@ -137,3 +137,11 @@ def test_calibrated_values_are_named_under_every_table(tmp_path: Path) -> None:
     assert f"{said} (heads)." in tables.footnotes(results)
     used["data"] = f"TinyWorld {results['config']['split']}"
     assert any("on the very split that is measured here" in note for note in tables.footnotes(results))
+
+
+def test_a_run_that_sampled_says_what_greedy_is(tmp_path: Path) -> None:
+    results = make(tmp_path)
+    assert not any("drawn" in note for note in tables.footnotes(results))
+    task = next(iter(results["tasks"]))
+    results["tasks"][task]["generation"] = {"do_sample": True}
+    assert any("greedy is the plain model, sampled" in note for note in tables.footnotes(results))
