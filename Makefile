@@ -45,16 +45,21 @@ EVAL := $(BIN)/mmfix eval run --model tiny --tasks tinyworld-pope,tinyworld-chai
 # Methods without a default: what they lack is chosen here, on the dev split or by hand.
 CHOSEN := icd:instruction=You are a confused object detector.,act:heads=all,vseam:heads=runs/record/vseam.json,retrieval-heads:heads=runs/record/retrieval.json,positional-hidden:dims=[129],factor=-1
 
+# Contrasts beside the plausibility cut alone, where tokens are drawn.
+CONTRASTS := greedy,plausibility,avisc,causalmm,damro,deco,dola,icd:instruction=You are a confused object detector.,m3id,only,pai,sid,vcd
+
 record: $(STAMP) ## measure the committed records anew (evals/records)
 	$(EVAL) --methods greedy,var,vhr --split test --limit 500 --out runs/record/tinyworld
 	for score in vseam retrieval; do $(BIN)/mmfix heads --model tiny --score $$score --out runs/record/$$score.json; done
-	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 50 --batch-size 32 --resamples 20000 --engine ray --workers 2 --out runs/record/tinyworld-all
+	$(EVAL) --methods '@all,$(CHOSEN)' --split test --limit 200 --batch-size 32 --resamples 20000 --engine ray --workers 2 --out runs/record/tinyworld-all
+	$(EVAL) --methods '$(CONTRASTS)' --gen-kwargs do_sample=true,temperature=1.0,top_k=0 --split test --limit 50 --batch-size 32 --resamples 20000 --engine ray --workers 2 --out runs/record/tinyworld-sampled
 	$(BIN)/mmfix eval run --model tiny --tasks tinyworld-sycophancy --methods greedy,lqcd --split test --limit 100 --out runs/record/tinyworld-sycophancy
 	$(EVAL) --methods greedy --split val --limit 350 --out runs/record/tinyworld-val
 	$(EVAL) --methods greedy --split test --world-seed 1 --limit 350 --out runs/record/tinyworld-fresh-1
 	$(EVAL) --methods greedy --split test --world-seed 2 --limit 350 --out runs/record/tinyworld-fresh-2
 	for run in runs/record/tinyworld*; do \
 	  mkdir -p evals/records/$$(basename $$run) && cp $$run/results.json evals/records/$$(basename $$run)/; done
+	$(BIN)/mmfix eval compare runs/record/tinyworld-sampled --baseline plausibility --json > evals/records/tinyworld-sampled/against-cut.json
 
 readme: $(STAMP) ## regenerate the README's tables, example and pictures from the committed records
 	PYTHONPATH=.:tests $(BIN)/python -m families.table
