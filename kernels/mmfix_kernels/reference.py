@@ -147,7 +147,7 @@ def _move_mass(groups: KeyGroups, move: MassMove, weights: Tensor, allowed: Tens
         active &= _gate(groups, move.gate, weights, allowed)
     fired[0] = active.sum() if move.share > 0 else 0
     source, target = groups.member(move.source)[:, None, None, :], groups.member(move.target)[:, None, None, :]
-    gain = move.share * source_mass / torch.where(target_mass > 0, target_mass, torch.ones_like(target_mass))
+    gain = move.share * source_mass / target_mass.clamp(min=torch.finfo(torch.float32).tiny)  # finite in any case
     factor = torch.ones_like(weights)
     factor = torch.where(source, 1.0 - move.share, factor)
     factor = torch.where(target, 1.0 + gain, factor)

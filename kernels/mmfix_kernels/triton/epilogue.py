@@ -15,6 +15,7 @@ from mmfix_kernels.triton.blocks import NEG_INF
 from mmfix_kernels.triton.maps import STREAMED, replaced_masses, replaced_output
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # a smaller target would make the gain infinite
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def move_mass(
         b_active = b_active & (b_group >= tl.load(p_params + 7 + 4 * N)) & (b_group > 0)
         b_active = b_active & (mass(b_w, PART) <= tl.load(p_params + 8 + 4 * N) * b_limit)
         b_active = b_active & (((b_seen >> SEEN) & 1) != 0)
-    b_gain = b_share * b_source / tl.where(b_target > 0, b_target, 1.0)
+    b_gain = b_share * b_source / tl.maximum(b_target, TINY)
     b_factor = tl.where(in_columns(TARGET), 1.0 + b_gain[:, None], 1.0)
     b_factor = tl.where(in_columns(SOURCE), 1.0 - b_share[:, None], b_factor)
     b_factor = tl.where(b_active[:, None], b_factor, 1.0)

@@ -259,6 +259,16 @@ def test_layouts_and_small_target_masses() -> None:
     check(call)
 
 
+def test_a_target_with_next_to_no_mass() -> None:
+    """A target whose mass is below the smallest normal float: what is gained stays finite, as in the reference."""
+    call = make(1, 40, 32, mask=torch.where(torch.arange(40) < 9, -90.0, 0.0)[None, None, None], is_causal=False)
+    labels = torch.zeros(1, 40, dtype=torch.int8)
+    labels[:, :9] = int(Label.IMAGE)
+    move = MassMove(source=Group.TEXT, target=Group.IMAGE, share=1.0)
+    output = serve(replace(relabelled(call, labels), edits=[move])).output
+    assert float(output.abs().max()) <= float(call.value.abs().max()), "an average of values, and finite"
+
+
 def test_a_wrong_label_is_caught() -> None:
     """Negative control: the comparison has teeth."""
     call = make(20, 20, 32, "var")

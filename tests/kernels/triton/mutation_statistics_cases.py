@@ -8,8 +8,10 @@ import pytest
 import torch
 from mutating import Mutate, broken  # noqa: F401
 from other_cases import test_contrast as contrast
+from other_cases import test_places_of_keys as places
 from statistics_cases import test_column_masses as columns
 from statistics_cases import test_column_masses_of_rows_that_differ_between_prompts as staggered
+from statistics_cases import test_column_masses_under_a_mask_of_each_head as masked_heads
 from statistics_cases import test_head_divergence as divergence
 
 from mmfix_kernels import Rows
@@ -34,6 +36,10 @@ def of_heads() -> Check:
     return lambda patch: divergence(torch.float32)
 
 
+def of_places() -> Check:
+    return lambda patch: places()
+
+
 MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "causal mask": ("columns", "b_allowed & (b_col[None, :] <= b_row[:, None])", "b_allowed", of_columns("causal")),
     "first row of a causal block": (
@@ -43,6 +49,9 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "additive mask": ("columns", "b_allowed & (b_mask.to(tl.float32) > lowest)", "b_allowed",
                       of_columns("additive", "pai")),
     "batch row of the mask": ("columns", "p_mask + batch.to(tl.int64) * mask_b", "p_mask", of_columns("padded")),
+    "head of the mask": (
+        "columns", "head.to(tl.int64) * mask_h", "head.to(tl.int64) * 0", lambda patch: masked_heads(),
+    ),
     "key heads": ("columns", "(head // GROUP).to(tl.int64) * k_h", "head.to(tl.int64) * 0", of_columns("grouped")),
     "score edit": ("columns", "b_s = edit_scores(", "_ = edit_scores(", of_columns("causal", "pai")),
     "group of a score edit": ("columns", "(SCORES >> (8 * n)) & 255", "255", of_columns("causal", "pai")),
@@ -55,6 +64,16 @@ MUTATIONS: dict[str, tuple[str, str, str, Check]] = {
     "the other run": ("columns", "b_apart = b_with - b_without", "b_apart = b_with", of_heads()),
     "size of a head": ("columns", "b_without * b_without", "b_with * b_with", of_heads()),
     "batch row of a head": ("columns", "p_b + batch * b_b", "p_b", of_heads()),
+    "places beyond the first block": ("maps", "before += tl.sum(b_real, axis=0)", "before += 0", of_places()),
+    "places of each prompt": ("maps", "p_labels + batch * labels_b + b_col", "p_labels + b_col", of_places()),
+    "prompt of the logits": ("vocabulary", "p_x + batch * x_b", "p_x", of_contrast()),
+    "batch row of the keys": ("columns", "batch.to(tl.int64) * k_b", "batch.to(tl.int64) * 0", of_columns("padded")),
+    "labels of the batch row": (
+        "columns", "batch.to(tl.int64) * labels_b", "batch.to(tl.int64) * 0", of_columns("padded", "pai"),
+    ),
+    "row sums of the head": (
+        "columns", "(tl.program_id(1).to(tl.int64) * L + b_row) * 2", "b_row.to(tl.int64) * 2", of_columns("causal"),
+    ),
     "the cut": ("vocabulary", "b_dead = b_dead | (b_plain < least)", "b_dead = b_dead", of_contrast()),
     "share of the cut": ("vocabulary", "axis=0) + log_beta", "axis=0)", of_contrast(1)),
     "the cut looks at the plain row": ("vocabulary", "(b_plain < least)", "(b_mix < least)", of_contrast()),

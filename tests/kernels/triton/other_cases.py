@@ -1,13 +1,14 @@
-"""The contrast step by its kernel; run like device_cases.py."""
+"""The contrast step and the places of keys by their kernels; run like device_cases.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from device_cases import DEVICE
+from device_cases import DEVICE, make, moved, relabelled
 
 from mmfix_kernels.contrast import mix, mix_reference
-from mmfix_kernels.triton import vocabulary
+from mmfix_kernels.maps import places
+from mmfix_kernels.triton import tensors, vocabulary
 
 INF = float("inf")
 
@@ -30,3 +31,10 @@ def test_contrast(
             assert got.logits is not None
             torch.testing.assert_close(got.logits.cpu(), want.logits, atol=1e-5, rtol=1e-5)
     assert got.logits is None
+
+
+def test_places_of_keys() -> None:
+    """Counted over more keys than one block holds, in each prompt anew."""
+    labels = torch.randint(0, 8, (2, 1060), dtype=torch.int8)
+    call = moved(relabelled(make(1, 1060, 16, batch=2), labels))
+    assert torch.equal(tensors.places_of(call).cpu().long(), places(labels).long())

@@ -48,6 +48,14 @@ def test_column_masses_of_rows_that_differ_between_prompts() -> None:
     torch.testing.assert_close(got.mass.cpu().double(), want, atol=2e-5, rtol=2e-5)
 
 
+def test_column_masses_under_a_mask_of_each_head() -> None:
+    mask = padded(20, 20, 5)[:1].repeat(1, 2, 1, 1)
+    mask[:, 1, :, 7] = False
+    call = make(20, 20, 16, mask=mask)
+    got = column_mass(moved(call), Rows.ALL, "triton")
+    torch.testing.assert_close(got.mass.cpu().double(), exact(call).weights.sum(2), atol=2e-5, rtol=2e-5)
+
+
 def test_column_masses_say_what_they_cannot_do() -> None:
     call = replace(make(5, 5, 32), edits=[VAR])
     with pytest.raises(ValueError, match="softmax only"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +63,13 @@ def test_it_is_not_chosen_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = attention.Backend(lambda call: "", lambda call: pytest.fail("the opt-in backend was chosen"))
     monkeypatch.setitem(attention.BACKENDS, "triton", chosen)
     assert grouped_attention(small()).backend == "sdpa"
+
+
+def test_every_environment_variable_stands_in_the_table() -> None:
+    root = Path(__file__).resolve().parents[3]
+    table = (root / "docs/kernels.md").read_text().split("## Environment variables")[1]
+    files = [path for part in ("mmfix", "kernels", "decoding", "evals", "app") for path in (root / part).rglob("*.py")]
+    named = r"""environ(?:\.get|\.pop|\.setdefault)?[\[(]\s*"(\w+)"|ENVIRONMENT = "(\w+)"|environment\.get\("(\w+)\""""
+    found = {name for path in files for names in re.findall(named, path.read_text()) for name in names if name}
+    assert {"MMFIX_BACKEND", "MMFIX_DATA", "WORLD_SIZE", "TRITON_INTERPRET"} <= found
+    assert sorted(name for name in found if f"`{name}" not in table) == []

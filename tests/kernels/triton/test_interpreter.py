@@ -29,6 +29,7 @@ def test_the_kernels_equal_their_equations(shard: str) -> None:
             "refusal",
             "other",
             "mutation",
+            "mutation_rare",
             "mutation_statistics",
             "model",
         )
