@@ -114,6 +114,8 @@ def read(folder: Path) -> Results:
     if not path.is_file():
         if (folder / samples.NAME).is_file():
             raise DataError(f"{path}: missing: this run has not ended. Run the same command again to finish it")
+        if any(folder.glob("shard-*-of-*")):
+            raise DataError(f"{path}: missing: {folder} holds shards. Run `mmfix eval merge {folder} --out {folder}`")
         raise DataError(f"{path}: missing. Is {folder} the folder of `mmfix eval run`?")
     found = files.read_json(path)
     version = found.get("schema_version") if isinstance(found, dict) else None

@@ -201,6 +201,9 @@ def test_f1_comes_from_rounded_values_and_existence_has_its_own_epsilon() -> Non
     many = {"correct": 8850, "n": 10000, "right_no": 8850, "answered_no": 8850, "truth_no": 10000, "unparsed": 0}
     assert official("state", many)["F1"] == 93.9
     assert official("existence", many)["F1"] == 93.8
+    one = {"correct": 1, "n": 1, "right_no": 1, "answered_no": 1, "truth_no": 1, "unparsed": 0}
+    # Each of three added denominators starts at 0.001.
+    assert (official("attribute", one)["Accuracy"], official("state", one)["Accuracy"]) == (99.7, 99.9)
 
 
 def test_the_parser_is_a_choice_that_is_named() -> None:

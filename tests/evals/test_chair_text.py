@@ -30,6 +30,8 @@ CAPTIONS = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
         ("a dog.cat  runs .\n\n- a cup", ["a dog.cat  runs .", "- a cup"]),
         ("(mr. x) r-calif. is. (so?!) end..", ["(mr. x) r-calif. is.", "(so?!)", "end.."]),
         ("what?. yes", ["what?.", "yes"]),
+        ("dogs... and cats.. too. left", ["dogs... and cats.. too.", "left"]),  # dots that go on close nothing
+        ("really?.. yes", ["really?..", "yes"]),  # unless a question or exclamation mark stands among them
         ("  ", []),
         ("", []),
     ],

@@ -60,6 +60,9 @@ def test_clean_answers_mean_the_same_everywhere(parser: str, answer: str) -> Non
         ("There isn't one", "yes", "no", "unparsed", "unparsed"),
         ("no." * 33, "no", "yes", "unparsed", "no"),
         ("a1,2b no!x", "yes", "yes", "unparsed", "no"),  # digit,digit: "!" is deleted, not blanked
+        ("a -it-no", "yes", "yes", "unparsed", "no"),  # a space before one "-": all are deleted, not blanked
+        ("it-no- a", "yes", "yes", "unparsed", "no"),  # a space after one "-": the same
+        ("it-no", "yes", "yes", "no", "no"),
         ("No.", "no", "no", "no", "no"),
         ("Yes!", "yes", "yes", "yes", "yes"),
         ("don’t know", "yes", "yes", "unparsed", "unparsed"),

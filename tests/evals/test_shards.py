@@ -18,7 +18,7 @@ from mmfix_evals.errors import DataError, UsageError
 from mmfix_evals.merge import merge
 from mmfix_evals.plan import RunConfig
 from mmfix_evals.progress import Reporter
-from mmfix_evals.results import without_times
+from mmfix_evals.results import read, without_times
 from mmfix_evals.run import TooManyErrors, run
 from mmfix_evals.samples import Sample
 from mmfix_evals.shards import Shard, cut
@@ -282,3 +282,9 @@ def test_the_command_line_shards_and_merges(
     assert main(["eval", "merge", str(out), "--out", str(out)]) == 0
     assert "fake-chair / test (6 captions, 6 images)" in capsys.readouterr().out
     assert main(["eval", "compare", str(out)]) == 0
+
+
+def test_a_folder_of_shards_says_how_it_becomes_a_run(tmp_path: Path) -> None:
+    (tmp_path / "shard-0-of-2").mkdir()
+    with pytest.raises(DataError, match=r"holds shards. Run `mmfix eval merge .* --out"):
+        read(tmp_path)

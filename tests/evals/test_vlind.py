@@ -206,7 +206,7 @@ def test_score_files_names_what_was_scored(tmp_path: Path) -> None:
     json.dumps(found, allow_nan=False)
     with pytest.raises(UsageError, match="unknown VLind prompts"):
         vlind.score_files(tmp_path / "data.json", prompts="own")
-    with pytest.raises(UsageError, match="holds the answers of none"):
+    with pytest.raises(UsageError, match="hold no model's answers"):
         vlind.score_files(tmp_path / "data.json")
     assert "not stated" in vlind.score_files(tmp_path / "data.json", tmp_path / "a.jsonl")["warnings"][0]
 

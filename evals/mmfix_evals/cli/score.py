@@ -136,7 +136,7 @@ def show(score: dict[str, Any], as_json: bool, echo: Callable[..., None] = typer
     for split, part in score.get("splits", {}).items():
         own = part.get("intervals", {})
         values = (f"{k} {v:.6f}{_interval(own.get(k))}" for k, v in part.items() if isinstance(v, float))
-        echo(f"{split:<14} " + "  ".join(values))
+        echo(f"{split:<14} " + ("  ".join(values) or "undefined"))
     if "interval_method" in score:
         echo(_method(score["interval_method"]))
     for warning in score["warnings"]:

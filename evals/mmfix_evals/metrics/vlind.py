@@ -126,8 +126,10 @@ def from_official(instances: Records, model: str | None = None) -> list[dict[str
     if model is None and len(models) == 1:
         model = models[0]
     if model not in models:
-        found = ", ".join(models) or "none; give the answers as a file of their own"
-        raise UsageError(f"model {model!r}: the file holds the answers of {found}")
+        if not models:
+            raise UsageError("the data hold no model's answers; give them as a file of their own (--answers)")
+        which = f"no answers of model {model!r}" if model else "no model is chosen, and"
+        raise UsageError(f"{which}; the file holds those of {', '.join(models)}")
     return [_official_answers(instances, index, f"{model}_pred_") for index in range(len(instances))]
 
 
