@@ -127,19 +127,26 @@ def keep(model: Any, name: str, values: dict[str, Any], record: dict[str, Any], 
 
 
 def in_use(model: Any, method: Method) -> dict[str, Any] | None:
-    """Which values of a method are as calibrated for the model, ``{"values": …, "data": …}``; None for none."""
+    """Which values of a method are as calibrated for the model, ``{"values": …, "data": …}``; None for none.
+
+    Values that are the method's defaults anyway are told only where all of them are as calibrated. The record's
+    ``revision`` is that of the calibrated model; ``model_revision`` stands beside it where the model at hand is known
+    to be of another.
+    """
     stored = _stored(model)
     known = stored.get("methods", {}).get(method.info.name, {})
     default = {name: one.default for name, one in method.info.params.items()}
-    used = {
-        field: value
-        for field, value in known.items()
-        if field in default and frozen(value) == getattr(method, field) != default[field]
-    }
-    if not used:
-        return method.measured(describe(model))
+    same = {f: value for f, value in known.items() if f in default and frozen(value) == getattr(method, f)}
+    used = same if len(same) == len(known) else {f: value for f, value in same.items() if frozen(value) != default[f]}
     record = stored.get("calibrations", {}).get(method.info.name, {})
-    return {"values": used, **{name: record[name] for name in ("data", "data_sha256", "revision") if name in record}}
+    told = {name: record[name] for name in ("data", "data_sha256", "revision") if name in record}
+    found = {"values": used, **told} if used else method.measured(describe(model))
+    if found is None:
+        return None
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision and found.get("revision", revision) != revision:
+        found["model_revision"] = revision
+    return found
 
 
 def _merge(path: Path, model: Any, parts: dict[str, Any], name: str, values: dict[str, Any]) -> Path:

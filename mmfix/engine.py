@@ -130,6 +130,12 @@ def mitigate(
         raise UsageError(str(error)) from error
     session = Session(family, methods, backend, telemetry)
     session.calibrated = {m.info.name: found for m in methods if (found := in_use(family.whole, m)) is not None}
+    for name, found in session.calibrated.items():
+        if "model_revision" in found:
+            session.note(
+                f"{name}: calibrated for revision {found['revision']} of this model, which is now "
+                f"{found['model_revision']}; calibrate again"
+            )
     _branch(session, family, methods, backend)
     if session.watch is not None:
         session.vision = session.vision or Vision(family, (), backend)

@@ -291,7 +291,7 @@ class Session:
         for state in self.layers:
             state.prompt(self.talk.spans, segments, past, capacity, masks)
         if self.methods and not bool(self.talk.image.any()) and not any(state.reorder for state in self.layers):
-            self._note("no image tokens in the prompt: methods that act on the image change nothing")
+            self.note("no image tokens in the prompt: methods that act on the image change nothing")
         if before is not None and bool((before != self.talk.spans.has_image).any()):
             (pieces.check_late_turn if answered else pieces.check_late_image)(self)
         if self.watch is not None:
@@ -380,7 +380,7 @@ class Session:
         self.mixed = counts if self.mixed is None else self.mixed + counts
         return trimmed(output, self._asked)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
             warnings.warn(text, MmfixWarning, stacklevel=2)

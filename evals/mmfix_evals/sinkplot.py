@@ -60,6 +60,7 @@ def _bars(axis: Any, found: Sinks, title: str) -> None:
     axis.bar(places + 0.2, image, 0.4, color=IMAGE, label="image sinks")
     axis.set_xlabel("layer")
     axis.set_ylabel("tokens")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xticks(places[:: max(1, len(text) // 16)])
     axis.set_title(title)
     axis.legend(frameon=False, fontsize=7)

@@ -14,8 +14,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2VLConf
 import mmfix
 from mmfix import calibration, sinksearch
 from mmfix.calibration import SinkCalibration, calibrated, sink_dimensions
-from mmfix.errors import MethodError, MmfixError
-from mmfix.methods import VAR
+from mmfix.errors import MethodError, MmfixError, MmfixWarning
+from mmfix.methods import VAR, SoFA
 from mmfix.sinksearch import find_sinks
 from mmfix_kernels import Label
 
@@ -142,6 +142,26 @@ def test_the_users_cache(llava: Any) -> None:
     with mmfix.mitigate(llava, ["vhr", "var"]) as fix:
         assert fix.methods[1] == VAR(sink_dims=(11, 29), tau=2.5)
     assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
+
+
+def test_values_that_are_the_defaults_were_calibrated_too(llava: Any) -> None:
+    calibration.keep(llava, "sofa", {"sigma": 0.5, "layers": "even"}, {"data": "own pictures"})
+    for method, values in (("sofa", {"sigma": 0.5, "layers": "even"}), (SoFA(sigma=0.3), None)):
+        with mmfix.mitigate(llava, method) as fix:
+            told = fix.report().calibrated.get("sofa")
+        assert (told and told["values"]) == values
+
+
+def test_values_of_another_revision_are_said_to_be(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration.keep(llava, "sofa", {"sigma": 0.25}, {"revision": "aaaa"})
+    monkeypatch.setattr(llava.config, "_commit_hash", "aaaa", raising=False)
+    with mmfix.mitigate(llava, "sofa") as fix:
+        assert "model_revision" not in fix.report().calibrated["sofa"]
+    monkeypatch.setattr(llava.config, "_commit_hash", "bbbb", raising=False)
+    with pytest.warns(MmfixWarning, match="calibrated for revision aaaa"), mmfix.mitigate(llava, "sofa") as fix:
+        report = fix.report()
+    assert report.calibrated["sofa"]["model_revision"] == "bbbb"
+    assert "now bbbb; calibrate again" in report.notes[0]
 
 
 def test_another_shape_has_another_file(llava: Any) -> None:

@@ -105,3 +105,19 @@ def test_answers_with_other_directions_are_other_answers(bundled: Decoder, tmp_p
     assert arms[0].spec == arms[2].spec != arms[1].spec
     assert "directions" in arms[0].spec[0]["measured"]
     assert "measured" not in resolve("vhr", bundled.model).spec[0]
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Decoder, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for name in ("sinks", "var", "act", "sofa", "positional-hidden", "vti"):
+        code, _, errors = call("calibrate", name, "--save-to", file / "model")
+        assert (code, errors.count("\n"), "choose a writable folder" in errors) == (1, 1, True), name
+    for words in (("heads",), ("sinks",)):
+        assert call(*words, "--plot", tmp_path / "map.png")[0] == 2
+        assert call(*words, "--out", file / "map.json")[0] == 1
+    code, _, errors = call("calibrate", "sinks", "--data", tmp_path / "none")
+    assert (code, "no such folder" in errors) == (1, True)

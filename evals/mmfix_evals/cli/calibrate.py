@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import options
+from mmfix_evals.cli import options, targets
 from mmfix_evals.cli.calibrate_common import begin, load, positive
 
 PROMPT = "Please describe this image in detail."
@@ -25,6 +25,7 @@ def _group() -> None:
     """Measure what a method must know of a model."""
 
 
+@app.command("var", hidden=True)  # the method that it is for
 @app.command("sinks", epilog="Example: mmfix calibrate sinks --model tiny --limit 32 --json")
 def sinks_command(
     model: options.Model = "tiny",
@@ -43,6 +44,7 @@ def sinks_command(
     Stopped and started again, it goes on where it was.
     """
     positive(limit=limit, batch_size=batch_size)
+    targets.folder("--save-to", save_to)
     from mmfix_evals import headdata
 
     asked = headdata.described(images, limit, prompt)

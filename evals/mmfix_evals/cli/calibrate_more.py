@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmfix_evals.cli import options as shared
+from mmfix_evals.cli import targets
 from mmfix_evals.cli.calibrate import app
 from mmfix_evals.cli.calibrate_common import begin, load, positive, print_json
 from mmfix_evals.errors import UsageError
@@ -34,6 +35,7 @@ def act_command(
     Stopped and started again, it goes on where it was.
     """
     positive(limit=limit, batch_size=batch_size)
+    targets.folder("--save-to", save_to)
     import mmfix
     from mmfix import calibration
     from mmfix_evals import calibrating
@@ -88,6 +90,7 @@ def sofa_command(
     Stopped and started again, it goes on where it was.
     """
     positive(limit=limit, batch_size=batch_size)
+    targets.folder("--save-to", save_to)
     if limit < 2:
         raise UsageError("--limit 1: two pictures make a pair; give 2 or more")
     if not 0.01 <= step <= 1.0:

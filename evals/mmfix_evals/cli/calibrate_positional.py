@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from mmfix_evals.cli import options
+from mmfix_evals.cli import options, targets
 from mmfix_evals.cli.calibrate import app
 from mmfix_evals.cli.calibrate_common import begin, load, positive, print_json
 
 
+@app.command("positional-hidden", hidden=True)  # the method that it is for
 @app.command("positional", epilog="Example: mmfix calibrate positional --model tiny --limit 96")
 def positional_command(
     model: options.Model = "tiny",
@@ -32,6 +33,7 @@ def positional_command(
     Stopped and started again, it goes on where it was.
     """
     positive(limit=limit, batch_size=batch_size, texts=texts, tokens=tokens, top=top)
+    targets.folder("--save-to", save_to)
     from mmfix import calibration
     from mmfix_evals import calibrating
     from mmfix_evals.calibrating_positional import positional

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmfix_evals.cli import calibrate, options
+from mmfix_evals.cli import calibrate, options, targets
 from mmfix_evals.cli.calibrate_common import begin, load, positive
 from mmfix_evals.errors import DataError, UsageError
 
@@ -47,6 +47,7 @@ def vti_command(
     picture in the user's cache: for LLaVA-1.5-7B 57 MB a picture.
     """
     positive(limit=limit, trials=trials)
+    targets.folder("--save-to", save_to)
     if not 0 < mask < 1:
         raise UsageError(f"--mask {mask:g}: give a share between 0 and 1")
     if pairs is not None and images is None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mmfix_evals.cli import targets
 from mmfix_evals.errors import UsageError
 
 EXAMPLE = "Example: mmfix heads --model tiny --score vhd --out heads.json --plot heads.svg"
@@ -47,13 +48,16 @@ def heads_command(
 
     if score not in headmaps.SCORES:
         raise UsageError(f"--score {score!r}: choose one of {', '.join(headmaps.SCORES)}")
+    targets.picture("--plot", plot)
+    targets.folder("--out", None if out is None else out.parent)
     hush()
     wanted = headmaps.Wanted(
         score, images, questions, limit, prompt, needle, text or headdata.NEEDLE, batch_size=batch_size
     )
     decoder = Decoder.from_pretrained(model, device=device, dtype=dtype)
     with Reporter(quiet) as reporter:
-        reporter.start(f"heads {score}", headmaps.total(wanted, decoder.model), 0)
+        what = "heads" if score == "vseam" else "prompts"
+        reporter.start(f"heads {score}", headmaps.total(wanted, decoder.model), 0, what)
         found = headmaps.measure(decoder, wanted, reporter.advance)
     if out is not None:
         found.write(out)

@@ -16,9 +16,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Of what is calibrated.
-Pictures = Annotated[Path | None, typer.Option(help="Folder of pictures; default: pictures of TinyWorld's dev split.")]
+Pictures = Annotated[
+    Path | None,
+    typer.Option("--images", "--data", help="Folder of pictures; default: pictures of TinyWorld's dev split."),
+]
 AskedPictures = Annotated[
-    Path | None, typer.Option(help="Folder of pictures, with --questions; default: TinyWorld's dev split.")
+    Path | None,
+    typer.Option("--images", "--data", help="Folder of pictures, with --questions; default: TinyWorld's dev split."),
 ]
 Questions = Annotated[
     Path | None, typer.Option(help="JSON Lines with image, text and label (yes or no) about --images.")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmfix_evals.cli import targets
 from mmfix_evals.errors import UsageError
 
 EXAMPLE = "Example: mmfix sinks picture.png --model tiny --out sinks.json --plot sinks.svg"
@@ -30,6 +31,8 @@ def sinks_command(
 ) -> None:
     """Show which tokens are attention sinks at each layer, and in which hidden dimensions; as `var` defines them."""
     given = _numbers(dims)
+    targets.picture("--plot", plot)
+    targets.folder("--out", None if out is None else out.parent)
     from mmfix_decoding import Decoder, load_image
     from mmfix_evals import headdata, tinyworld
     from mmfix_evals.cli.quiet import hush
