@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from mmfix_kernels import reference, sdpa, triton
+from mmfix_kernels import perhead, reference, sdpa, triton
 from mmfix_kernels.call import Attended, AttentionCall
 
 ENVIRONMENT = "MMFIX_BACKEND"
@@ -63,10 +63,19 @@ def grouped_attention(call: AttentionCall, backend: str | None = None) -> Attend
 
     Args:
         call: tensors, groups and edits.
-        backend: force one by name; ``ValueError`` when it cannot serve the call.
+        backend: force one by name.
+
+    Raises:
+        ValueError: a forced backend cannot serve the call; an edit that labels per head do not allow.
     """
     for observer in _OBSERVERS:
         observer(call)
+    if perhead.needed(call):
+        return perhead.attend(call, lambda folded: _serve(folded, backend))
+    return _serve(call, backend)
+
+
+def _serve(call: AttentionCall, backend: str | None) -> Attended:
     if backend is not None:
         reason = BACKENDS[backend].why_not(call)
         if reason:

@@ -80,8 +80,11 @@ class AttentionCall:
         needs_groups = self.masses != "none" or any(not isinstance(e, HEAD_EDITS) for e in self.edits)
         if needs_groups and self.groups is None:
             raise ValueError("edits on key groups and group masses need `groups` (one label per key)")
-        if self.groups is not None and self.groups.labels.shape != (b, s_len):
-            raise ValueError(f"labels {tuple(self.groups.labels.shape)}: expected one per key, {(b, s_len)}")
+        if self.groups is not None and self.groups.labels.shape not in ((b, s_len), (b, h, s_len)):
+            shape = tuple(self.groups.labels.shape)
+            raise ValueError(
+                f"labels {shape}: expected one per key, {(b, s_len)}, or per head and key, {(b, h, s_len)}"
+            )
 
     @property
     def keys(self) -> int:

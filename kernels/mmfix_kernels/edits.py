@@ -275,7 +275,8 @@ class KeyGroups:
     """What the backends know about keys and rows of one call.
 
     Args:
-        labels: Int8[B, S], one :class:`Label` per key.
+        labels: Int8[B, S], one :class:`Label` per key; or Int8[B, H, S], where query heads see the keys differently
+            (:mod:`mmfix_kernels.perhead`).
         rows: for each kind of :class:`Rows`, Bool[B, L] of the touched query rows; None means all rows.
         first: for each kind, the first row index at which any batch item is touched (L when none is).
         offset: key index of the first query row; None means the rows are the last of the keys.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmfix_kernels import closed_forms, triton
+from mmfix_kernels import closed_forms, perhead, triton
 from mmfix_kernels.attention import forced_backend, grouped_attention
 from mmfix_kernels.call import AttentionCall, additive_mask
 from mmfix_kernels.edits import MapReplacement, MassMove, Rows, ScoreEdit
@@ -79,6 +79,9 @@ def column_mass(call: AttentionCall, rows: Rows = Rows.ALL, backend: str | None 
     """
     if rows is not Rows.ALL and call.groups is None:
         raise ValueError(f"rows={rows}: which rows these are stands in the call's groups; give groups or Rows.ALL")
+    if perhead.needed(call):
+        found = column_mass(perhead.fold(call), rows, backend)
+        return found._replace(mass=found.mass.view(*call.query.shape[:2], -1))
     reason = why_no_column_kernel(call)
     if _check(backend, reason) == "triton":
         from mmfix_kernels.triton.columns import column_mass as kernel

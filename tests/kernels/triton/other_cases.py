@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from device_cases import DEVICE, make, moved, relabelled
+from device_cases import DEVICE, make, moved, relabelled, serve
 
+from mmfix_kernels import grouped_attention
 from mmfix_kernels.contrast import mix, mix_reference
 from mmfix_kernels.maps import places
 from mmfix_kernels.triton import tensors, vocabulary
@@ -38,3 +41,15 @@ def test_places_of_keys() -> None:
     labels = torch.randint(0, 8, (2, 1060), dtype=torch.int8)
     call = moved(relabelled(make(1, 1060, 16, batch=2), labels))
     assert torch.equal(tensors.places_of(call).cpu().long(), places(labels).long())
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_labels_per_head(rows: int) -> None:
+    """Heads become batch items here as in the reference, which is held to single heads elsewhere."""
+    shared = make(rows, 40, 32, "all", batch=2, mask=torch.ones(1, 1, rows, 40).bool())
+    assert shared.groups is not None
+    labels = torch.randint(0, 5, (2, 2, 40), dtype=torch.int8)
+    call = replace(shared, groups=replace(shared.groups, labels=labels))
+    got, want = serve(call), grouped_attention(call, "reference")
+    torch.testing.assert_close(got.output, want.output, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got.fired, want.fired)
