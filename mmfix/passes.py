@@ -44,8 +44,8 @@ def step_rows(has_image: Tensor) -> StepRows:
     with_image = None if bool(has_image.all()) else has_image[:, None]
     after = 0 if bool(has_image.any()) else 1
     return StepRows(
-        {Rows.ALL: None, Rows.LAST: None, Rows.AFTER_IMAGE: with_image},
-        {Rows.ALL: 0, Rows.LAST: 0, Rows.AFTER_IMAGE: after},
+        {Rows.ALL: None, Rows.LAST: None, Rows.GENERATED: None, Rows.AFTER_IMAGE: with_image},
+        {Rows.ALL: 0, Rows.LAST: 0, Rows.GENERATED: 0, Rows.AFTER_IMAGE: after},
     )
 
 

@@ -72,6 +72,7 @@ def build(image: Tensor, valid: Tensor, ids: Tensor | None = None) -> TokenSpans
         Rows.ALL: torch.zeros_like(last),
         Rows.AFTER_IMAGE: torch.where(has_image, after_image, NEVER),
         Rows.LAST: last,
+        Rows.GENERATED: torch.full_like(last, image.shape[1]),
     }
     return TokenSpans(image, valid, labels, starts, last, ids)
 

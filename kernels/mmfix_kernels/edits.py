@@ -57,6 +57,7 @@ class Rows(Enum):
     ALL = "all"
     AFTER_IMAGE = "after_image"  # text after the last image of the prompt, and every generated token
     LAST = "last"  # the last row of the prompt, and every generated token
+    GENERATED = "generated"  # generated tokens alone, once they are in the cache
 
 
 def _check_heads(heads: tuple[int, ...] | None) -> None:

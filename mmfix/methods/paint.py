@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmfix.branches import Branch
+from mmfix.errors import MethodError
 from mmfix.families import Family
 from mmfix.method import Method, Site, chosen_layers
 from mmfix.mixing import Mix, guidance
@@ -37,12 +39,12 @@ class PAINT(Method):
 
         z = gamma (c - u) + u          z_i = -inf unless c_i >= log(0.1) + max c
 
-    The released code skips the raise until its guidance has run once, so that the first generated token, and with
-    gamma = 1 every token, is the plain model's; it classifies the tokens of a batch's first picture for all, and calls
-    it without beta in some scripts. Here the raise acts from the first token on, per picture, in the image rows only;
-    the row without the image is never raised. Its "spatial" set is arbitrary (sums of rows that are one each) and left
-    out. Its low CHAIR figures go with collapsed text (alpha 0.8 gives captions of 36 words, 0.9 of 6): read recall,
-    length and repetition beside them.
+    The released code skips the raise until its guidance has run once, so that the prompt, and with gamma = 1 every
+    token, is computed as by the plain model; `variant="release"` does that. It classifies the tokens of a batch's first
+    picture for all, and calls it without beta in some scripts. Here the raise acts from the first token on, per
+    picture, in the image rows only; the row without the image is never raised. Its "spatial" set is arbitrary (sums of
+    rows that are one each) and left out. Its low CHAIR figures go with collapsed text (alpha 0.8 gives captions of 36
+    words, 0.9 of 6): read recall, length and repetition beside them.
 
     Args:
         alpha: share of a score's magnitude added on Top, 0 to 10 (released: 0.7 for captions, 0.2 for POPE).
@@ -50,6 +52,8 @@ class PAINT(Method):
         share: of the patches in Top0, 0 to 1.
         gamma: strength of the guidance, from 0; 1 runs no second branch (released: 1.1 to 2).
         layers: layers whose scores are raised; None takes all from layer 2 on, as released.
+        variant: "paper" raises from the prompt's last token on; "release" generated tokens alone, and none without
+            guidance.
 
     Raises:
         MethodError: a value out of range.
@@ -61,10 +65,13 @@ class PAINT(Method):
     share: float = param(0.25, "share of the patches that are local tokens", 0.0, 1.0)
     gamma: float = param(1.0, "strength of the guidance; 1 = none", 0.0, 5.0)
     layers: tuple[int, ...] | None = param(None, "layers whose scores are raised; empty = all from layer 2 on")
+    variant: Literal["paper", "release"] = param("paper", "paper, or generated tokens alone as the released code")
 
     def __post_init__(self) -> None:
         for name, high in (("alpha", 10.0), ("beta", 10.0), ("share", 1.0), ("gamma", 100.0)):
             self.check(name, 0.0, high)
+        if self.variant not in ("paper", "release"):
+            raise MethodError(f"paint.variant={self.variant!r}: choose 'paper' or 'release'")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
 
@@ -81,9 +88,10 @@ class PAINT(Method):
         return self.alpha * top + self.beta * bottom
 
     def patch_edits(self, site: Site, values: Tensor) -> Sequence[Edit]:
-        if site.layer not in (self.layers or ()):
+        released = self.variant == "release"
+        if site.layer not in (self.layers or ()) or (released and self.gamma == 1):
             return ()
-        return (KeyGain(gain=values, rows=Rows.LAST),)
+        return (KeyGain(gain=values, rows=Rows.GENERATED if released else Rows.LAST),)
 
     def branches(self, family: Family) -> Sequence[Branch]:
         return [Branch(image=False)] if self.gamma != 1 else []

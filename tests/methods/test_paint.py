@@ -44,7 +44,7 @@ def chosen(first: list[float], late: list[float], share: float) -> tuple[set[int
 
 
 def raised(model: Any, inputs: plain.Inputs, method: PAINT) -> Any:
-    """Logits of one grown input by dense attention."""
+    """Score edits of one grown input for dense attention, from the prompt's last row on."""
     first, late = tower_maps(model, inputs["pixel_values"])
     gains = torch.zeros(inputs["input_ids"].shape, dtype=torch.float64)
     picture = 0
@@ -121,6 +121,35 @@ def test_guidance_raises_the_prompt_and_never_the_text(model: Any) -> None:
     want = plain.decoded(inputs, newest, STEPS)
     with mmfix.mitigate(model, method):
         plain.agrees(vlm.greedy(model, inputs, STEPS), want)
+
+
+def test_the_release_raises_generated_tokens_alone(model: Any) -> None:
+    method = PAINT(gamma=1.5, alpha=0.9, variant="release")
+    inputs = plain.ragged()
+    prompt = inputs["input_ids"].shape[1]
+
+    def newest(grown: plain.Inputs, _: int) -> Tensor:
+        c = plain.dense(model, grown, scores=raised(model, grown, method)(prompt + 1))[:, -1].log_softmax(-1)
+        u = vlm.logits(model, plain.text_only(grown))[:, -1].log_softmax(-1)
+        return plain.cut(1.5 * (c - u) + u, c, 0.1)
+
+    want = plain.decoded(inputs, newest, STEPS)
+    with mmfix.mitigate(model, method):
+        plain.agrees(vlm.greedy(model, inputs, STEPS), want)
+        fixed = vlm.greedy(model, inputs, STEPS, cache_implementation="static", disable_compile=True)
+    plain.agrees(fixed, want)
+
+
+def test_the_release_without_guidance_is_the_plain_model(llava: Any) -> None:
+    """Requirement 2: its flag is then never cleared. Ours acts."""
+    inputs = plain.ragged()
+    before = vlm.greedy(llava, inputs, STEPS)
+    with mmfix.mitigate(llava, PAINT(variant="release")) as fix:
+        after = vlm.greedy(llava, inputs, STEPS)
+        assert fix.report().fired["paint"].fired == 0
+    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
+    with pytest.raises(MethodError, match="choose 'paper' or 'release'"):
+        PAINT(variant="both")  # type: ignore[arg-type]
 
 
 def test_two_pictures_in_a_prompt_and_several_sequences(llava: Any) -> None:

@@ -23,8 +23,8 @@ def groups(batch: int, q_len: int, s_len: int, seed: int = 0, labels: Tensor | N
     first = int(after.any(0).int().argmax()) if bool(after.any()) else q_len
     return KeyGroups(
         labels=labels,
-        rows={Rows.ALL: None, Rows.AFTER_IMAGE: after, Rows.LAST: last},
-        first={Rows.ALL: 0, Rows.AFTER_IMAGE: first, Rows.LAST: q_len - 1},
+        rows={Rows.ALL: None, Rows.AFTER_IMAGE: after, Rows.LAST: last, Rows.GENERATED: last & (q_len > 1)},
+        first={Rows.ALL: 0, Rows.AFTER_IMAGE: first, Rows.LAST: q_len - 1, Rows.GENERATED: q_len - 1},
     )
 
 

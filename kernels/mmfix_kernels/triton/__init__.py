@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from mmfix_kernels.call import Attended, AttentionCall
+from mmfix_kernels.call import HEAD_EDITS, Attended, AttentionCall
+from mmfix_kernels.edits import Rows
 from mmfix_kernels.keyed import KEYED
 from mmfix_kernels.triton.plan import Plan, conflict, make_plan, numbered
 
@@ -74,6 +75,8 @@ def why_not(call: AttentionCall) -> str:
         return "an edit compares heads, and a program of the kernel holds one"
     if call.splits:
         return "a softmax per part of the keys"
+    if any(not isinstance(edit, HEAD_EDITS) and edit.rows is Rows.GENERATED for edit in call.edits):
+        return "an edit of generated tokens alone"
     plan = plan_of(call)
     return conflict(call) if isinstance(plan, Plan) else plan
 

@@ -110,6 +110,7 @@ def make(
     at = torch.arange(rows).expand(batch, rows)
     masks = {Rows.ALL: None, Rows.AFTER_IMAGE: at >= max(first, rows // 2), Rows.LAST: at >= rows - 1}
     starts = {Rows.ALL: first, Rows.AFTER_IMAGE: max(first, rows // 2), Rows.LAST: rows - 1}
+    masks[Rows.GENERATED], starts[Rows.GENERATED] = at >= rows - 1, rows - 1
     if first:
         masks[Rows.ALL] = at >= first
     return AttentionCall(

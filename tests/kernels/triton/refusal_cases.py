@@ -9,7 +9,7 @@ import pytest
 import torch
 from device_cases import PAI, VAR, check, make, moved, serve
 
-from mmfix_kernels import Group, HeadScale, MassMove, grouped_attention
+from mmfix_kernels import Group, HeadScale, MassMove, Rows, grouped_attention
 from mmfix_kernels import triton as backend
 
 
@@ -19,6 +19,7 @@ from mmfix_kernels import triton as backend
         ({"softcap": 30.0}, "soft cap"),
         ({"edits": [PAI, PAI, PAI]}, "score edits"),
         ({"edits": [VAR, MassMove(source=Group.SYSTEM, target=Group.GENERATED, share=0.1)]}, "key classes"),
+        ({"edits": [replace(PAI, rows=Rows.GENERATED)]}, "generated tokens alone"),
         ({"dtype": torch.float64}, "float64"),
         ({"width": 320}, "head width"),
         ({"grad": True}, "backward"),
