@@ -10,6 +10,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,21 @@ def loads(text: str) -> Any:
     That is NaN and infinity, a name that occurs twice in one object (the last would win), and half of a character
     (a lone surrogate, which cannot be written again).
     """
-    value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+    if text.startswith("\ufeff"):
+        raise ValueError("a byte order mark within the text")
+    value = _strict().decode(text)
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("half of a character: a lone surrogate such as \\ud800") from None
     return value
+
+
+@lru_cache(maxsize=1)
+def _strict() -> json.JSONDecoder:
+    """Made once: json.loads would make one for every line."""
+    return json.JSONDecoder(parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
 
 
 def _no_number(word: str) -> Any:

@@ -29,6 +29,7 @@ LEADING_RECORD = "evals/records/tinyworld-sycophancy"
 SPEED = "kernels/benchmarks/results"
 FULL_TABLE = Path("docs/results.md")
 SUMMARY = Path("docs/all-methods.md")
+DEMO, LATENCY = Path("docs/demo.md"), Path("docs/demo-latency.json")
 
 LEADING_NOTE = (
     "`lqcd` is given the question without the claim, as its paper's rewriting would find it, and contrasts it with the "
@@ -108,6 +109,16 @@ def example_block(example: dict[str, Any]) -> str:
     )
 
 
+def latency_line(record: dict[str, Any]) -> str:
+    """What visitors at once wait for the first token."""
+    asked = f"{record['visitors']} visitors at once, {record['n']} answers"
+    return (
+        f"From pressing Compare to the first token, {asked}: median "
+        f"{record['median_ms'] / 1000:.1f} s, p95 {record['p95_ms'] / 1000:.1f} s. A visitor waits for the comparisons "
+        f"before; model {record['model']}, method {record['method']}, {record['machine']}, browsers included."
+    )
+
+
 def _marked(text: str, absent: list[str]) -> str:
     """Objects that are not in the picture in bold and struck out."""
     for name in sorted(absent, key=len, reverse=True):
@@ -119,7 +130,7 @@ def fill(text: str, name: str, content: str) -> str:
     """`text` with the region between ``<!-- name -->`` and ``<!-- /name -->`` replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no region {name!r}")
+        raise SystemExit(f"there is no region {name!r} to fill")
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
@@ -168,6 +179,8 @@ def generated() -> dict[Path, str]:
         more[SUMMARY] += (
             f"\n## {SAMPLED_TITLE}\n\n{SAMPLED_NOTE}\n\n{sampled.section(found, against, SAMPLED_RECORD)}\n"
         )
+    if (ROOT / LATENCY).is_file():
+        more[DEMO] = fill((ROOT / DEMO).read_text(), "latency", latency_line(json.loads((ROOT / LATENCY).read_text())))
     paced = f"# Speed\n\nGenerated from the records in `{SPEED}`.\n\n{speed}\n"
     pages = method_pages.pages(record, source, method_pages.families(), apart, below)
     return {Path("README.md"): readme, FULL_TABLE: full, Path("docs/speed.md"): paced, **pages, **more}
