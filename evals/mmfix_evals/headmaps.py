@@ -120,7 +120,7 @@ def _vseam(decoder: Any, wanted: Wanted, progress: Progress) -> Made:
 
 
 def _gain(values: Tensor) -> dict[str, float]:
-    """By how much the method that takes this map scales a head at most: a strength of 1 may be nearly the plain model."""
+    """By how much the method that takes this map scales a head at most; strength 1 may be nearly the plain model."""
     named = tuple((n, h, value) for n, row in enumerate(values.tolist()) for h, value in enumerate(row))
     modulation = VSEAM(heads=named)
     return {"strength": modulation.strength, "largest": round(modulation.largest, 8)}
