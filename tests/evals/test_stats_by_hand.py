@@ -7,6 +7,7 @@ import pytest
 
 from mmfix_evals import stats
 from mmfix_evals.draws import Draws
+from mmfix_evals.errors import UsageError
 
 
 def first(counts: np.ndarray) -> np.ndarray:
@@ -89,6 +90,12 @@ def test_images_to_see_by_hand(error: float | None, informative: int, images: in
 def test_mcnemar_of_few_pairs(b: int, c: int, p: float) -> None:
     """2 (1 + 4) / 16, then all of 32, 2 (1 + 5) / 32 and 2 / 64."""
     assert stats.mcnemar(b, c) == stats.mcnemar(c, b) == p
+
+
+@pytest.mark.parametrize("pairs", [(3, -1), (-1, 3), (3, 0.5), (0.5, 3)])
+def test_mcnemar_refuses_either_count(pairs: tuple[float, float]) -> None:
+    with pytest.raises(UsageError, match="whole numbers"):
+        stats.mcnemar(*pairs)  # type: ignore[arg-type]
 
 
 def test_holm_keeps_the_order_and_stays_a_probability() -> None:
