@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmfix import describe, headscores, retrieval
 from mmfix.heads import HeadMap
+from mmfix.methods import VSEAM
 from mmfix_decoding import grids
 from mmfix_evals import headdata
 from mmfix_evals.errors import DataError, UsageError
@@ -115,7 +116,14 @@ def _vseam(decoder: Any, wanted: Wanted, progress: Progress) -> Made:
         for inputs, part in headdata.batches(decoder, asked, wanted.batch_size)
     ]
     values, plain = headscores.importance(decoder.model, made, progress)
-    return values, asked, {"answer": "first token"}, {"p_right": round(plain, 6)}
+    return values, asked, {"answer": "first token"}, {"p_right": round(plain, 6), "gain": _gain(values)}
+
+
+def _gain(values: Tensor) -> dict[str, float]:
+    """By how much the method that takes this map scales a head at most; strength 1 may be nearly the plain model."""
+    named = tuple((n, h, value) for n, row in enumerate(values.tolist()) for h, value in enumerate(row))
+    modulation = VSEAM(heads=named)
+    return {"strength": modulation.strength, "largest": round(modulation.largest, 8)}
 
 
 def _retrieval(decoder: Any, wanted: Wanted, progress: Progress) -> Made:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mmfix
 from mmfix.heads import HeadMap
-from mmfix.methods import VHR
+from mmfix.methods import VHR, VSEAM
 from mmfix_decoding import Decoder
 from mmfix_evals import headdata, headmaps
 from mmfix_evals.errors import DataError, UsageError
@@ -81,6 +81,21 @@ def test_own_pictures_and_questions(bundled: Decoder, own: tuple[Path, Path]) ->
         headmaps.measure(bundled, headmaps.Wanted("retrieval", folder, needle="object"))
     with pytest.raises(DataError, match="none of 2 answers repeats"):  # this model cannot copy, and that is said
         headmaps.measure(bundled, headmaps.Wanted("retrieval", folder, text="there is a dog and a kite", steps=8))
+
+
+def test_vseam_tells_the_size_of_its_gain(call: Call, own: tuple[Path, Path], tmp_path: Path) -> None:
+    """Printed and kept, and what the method makes of the same file: strength 1 may be nearly the plain model."""
+    out = tmp_path / "heads.json"
+    words = ("--score", "vseam", "--images", own[0], "--questions", own[1], "--out", out, "--quiet")
+    code, printed, _ = call("heads", *words)
+    kept = HeadMap.read(out)
+    gain = kept.also["gain"]
+    assert (code, gain["strength"]) == (0, 1.0)
+    assert gain["largest"] == pytest.approx(max(abs(value) for row in kept.values for value in row), abs=1e-8)
+    assert gain["largest"] == pytest.approx(VSEAM(heads=str(out)).largest, abs=1e-8)
+    assert 0 < gain["largest"] < 1
+    assert f"p(right answer) {kept.also['p_right']:.5g}; at strength 1 vseam scales" in printed
+    assert f"1 ± {gain['largest']:.5g} at most" in printed
 
 
 def test_where_objects_lie_in_the_prompt(bundled: Decoder) -> None:

@@ -75,6 +75,12 @@ def heads_command(
     typer.echo(f"{layers} layers of {heads} heads; {found.prompts} prompts of {found.settings['data']}")
     for layer, head, value in found.ranked()[:SHOWN]:
         typer.echo(f"  layer {layer:2d}  head {head:2d}  {value:.5g}")
+    if "gain" in found.also:
+        gain = found.also["gain"]
+        typer.echo(
+            f"p(right answer) {found.also['p_right']:.5g}; at strength {gain['strength']:g} vseam scales a head by "
+            f"1 ± {gain['largest']:.5g} at most"
+        )
     for path in (out, plot):
         if path is not None:
             typer.echo(f"written to {path}")
